@@ -92,7 +92,7 @@ def check_locations(target: str, sources: Sequence[Folder], options: ExecutionOp
     if options.get("resume") or options.get("verify"):
         raise UserError(
             f"`--{'resume' if options.get('resume') else 'verify'}` needs a directory as target, "
-            f"`{without_secrets(target)}` is none",
+            f"`{without_secrets(target)}` is not one",
             hint="nothing can be read there before all of it is; afterwards `mbconvert verify SRC DST` compares",
         )
     for source in sources:

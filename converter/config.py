@@ -294,7 +294,8 @@ def make_model(fields: Iterable[Field], config: Config, *, vocab_multiple: int =
     known = sizes_of(fields, Sizes(config, to_megatron(fields, config), {}))
     if known.get("heads", 0) % known.get("groups", 1):
         raise UserError(
-            f"{known['heads']} attention heads do not divide into {known['groups']} query groups", hint="`config.json` is damaged"
+            f"{known['heads']} attention heads are not divisible by {known['groups']} query groups",
+            hint="`config.json` is damaged",
         )
     padded = -(-known["vocab"] // vocab_multiple) * vocab_multiple
     return Model(**{**known, "padded_vocab": padded})

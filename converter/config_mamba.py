@@ -141,7 +141,7 @@ def mamba(
     def read(config: Config) -> dict[str, Any]:
         sizes = {heads: 128, groups: groups_default, state: state_default, **config}
         if count(sizes, heads) % count(sizes, groups):
-            raise UserError(f"`{heads}` is {sizes[heads]}, which `{groups}`, {sizes[groups]}, does not divide")
+            raise UserError(f"`{heads}` is {sizes[heads]}, which is not divisible by `{groups}`, {sizes[groups]}")
         return {
             "mamba_num_heads": count(sizes, heads),
             "mamba_head_dim": _head_dim(sizes, heads, dim, expand),
@@ -186,7 +186,7 @@ def _head_dim(config: Config, heads: str, dim: str, expand: str) -> int:
 def _expansion(inner: int, config: Config) -> int:
     hidden = count(config, "hidden_size")
     if inner % hidden:
-        raise UserError(f"Mamba's heads have {inner} channels together, which is no multiple of the hidden size, {hidden}")
+        raise UserError(f"Mamba's heads have {inner} channels together, which is not divisible by the hidden size, {hidden}")
     return inner // hidden
 
 

@@ -51,7 +51,7 @@ def _check_groups(experts: int, groups: int, chosen: int, topk: int, best: int) 
     """Raise UserError for groups that no router can choose from."""
     size = experts // groups
     for is_wrong, text in (
-        (experts % groups, f"{experts} experts do not divide into {groups} groups"),
+        (experts % groups, f"{experts} experts cannot be divided evenly into {groups} groups"),
         (size < best, f"a group of {size} experts is rated by its {best} best"),
         (chosen > groups, f"{chosen} groups are chosen of {groups}"),
         (topk > chosen * size, f"{topk} experts are chosen in {chosen} groups of {size}"),
@@ -84,7 +84,7 @@ def shared_multiple(default: int, *, name: str = "n_shared_experts") -> tuple[Fi
             return {name: 0}
         total, of_expert = count(config, megatron), count(config, "moe_ffn_hidden_size")
         if total % of_expert:
-            raise UserError(f"shared experts have `{total}` channels, which is no multiple of an expert's `{of_expert}`")
+            raise UserError(f"shared experts have `{total}` channels, which is not divisible by an expert's `{of_expert}`")
         return {name: total // of_expert}
 
     return (Field(read, write, lambda sizes: {"shared_ffn": sizes.megatron[megatron] or 0}),)

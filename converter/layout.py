@@ -165,7 +165,7 @@ def _stages(layers: int, pp: int, vpp: int, given: Sequence[int] | None) -> tupl
         return tuple(given)
     if layers % count:
         raise UserError(
-            f"{layers} layers do not divide into {pp} pipeline ranks × {vpp} virtual stages",
+            f"{layers} layers cannot be divided evenly into {pp} pipeline ranks × {vpp} virtual stages",
             hint=f"say how many each takes, for example `--pp-layout {_proposal(layers, count)}`",
         )
     return (layers // count,) * count

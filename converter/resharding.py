@@ -252,7 +252,7 @@ def _notes(recognized: _Reshard, reader: MegatronReader) -> Iterator[str]:
         tokens, left = recognized.model.vocab, stored - rows
         yield f"{tokens} tokens are padded to {rows} rows; the last {left} of the source's {stored} are left out"
     if reader.others and not recognized.run:
-        yield f"{len(reader.others)} tensors that are no weights (such as `{reader.others[0]}`) are left out"
+        yield f"{len(reader.others)} tensors that are not weights (such as `{reader.others[0]}`) are left out"
     if recognized.run:
         yield from notes_on_run(recognized.run, parallel_sizes(recognized.model, recognized.layout))
     elif reader.args() and not reader.folder.has(run_config.FILE):

@@ -86,8 +86,8 @@ def _head_dim(spec: TensorSpec, config: Mapping[str, Any]) -> int:
     heads: Any = config.get(field) or config.get("num_attention_heads")
     if not is_size(heads) or not heads or not spec.shape or spec.shape[0] % (2 * heads):
         raise UserError(
-            f"`{spec.name}` has shape {list(spec.shape)}, and `{field}` is `{format_untrusted(heads)}`: its rows are no pairs of "
-            "as many heads",
+            f"`{spec.name}` has shape {list(spec.shape)}, and `{field}` is `{format_untrusted(heads)}`: its rows are not "
+            "divisible into pairs of as many heads",
             hint="either the weights or `config.json` are of another model",
         )
     return spec.shape[0] // heads

@@ -28,7 +28,7 @@ _TYPES_BY_REASON = {
     "attention is the difference of two softmaxes": "diffllama",
     "states of its gated delta net may change sign, which megatron-core's do not": "olmo_hybrid",
     "tokens are bytes in groups that another model forms": "blt",
-    "weights have three values, and norms lie inside attention and the feed-forward layer": "bitnet",
+    "weights have three values, and norms are inside attention and the feed-forward layer": "bitnet",
     "its sparse attention is not megatron-core's": "axk2 dots3_note_text minimax_m3_vl_text mistral_large4_text qwen4_exp_text",
     "its layers mix several residual streams, of which megatron-core has no layer": "glm5_next_text hy_v4",
     "its layers run several times for each token, which megatron-core's decoder does not do": "dory hrm_text",

@@ -15,7 +15,7 @@ from typing import Any
 
 _TEXT_BY_CLASS: tuple[tuple[type[BaseException], str], ...] = (
     (RecursionError, "it is nested too deeply"),
-    (UnicodeEncodeError, "it holds half a surrogate pair, which is no text"),
+    (UnicodeEncodeError, "it holds half a surrogate pair, which is not a character"),
     (MemoryError, "there is not enough memory for it"),
     (TimeoutError, "there was no answer in time"),
 )

@@ -115,7 +115,7 @@ def root_of(names: Iterable[str]) -> str:
 
 
 def other_state(names: Iterable[str]) -> list[str]:
-    """Return the tensors that are no weights: all outside the root, or the optimizer's and the trainer's."""
+    """Return the tensors that are not weights: all outside the root, or the optimizer's and the trainer's."""
     names = list(names)
     root = root_of(names)
     return [name for name in names if not name.startswith(root) or (not root and _STATE.fullmatch(name))]

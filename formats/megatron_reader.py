@@ -36,7 +36,7 @@ class MegatronReader(Reader, Protocol):
 
     @property
     def others(self) -> Sequence[str]:
-        """Names of the tensors that are no weights: optimizer state, random number generators, …"""
+        """Names of the tensors that are not weights: optimizer state, random number generators, …"""
         ...
 
     @property

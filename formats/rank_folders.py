@@ -79,10 +79,10 @@ def open_ranks(folder: Folder) -> dict[Rank, RankFile]:
         other = next((name for name in names if name not in ranks), "")
         raise UserError(
             f"`{folder.label}` should have folders of {len(ranks)} ranks: "
-            + (f"`{missing[0]}` is missing" if missing else f"`{other}` is none of them"),
+            + (f"`{missing[0]}` is missing" if missing else f"`{other}` is not one of them"),
             hint=f"copy the checkpoint again; `args` in `{first.name}` say how many there are"
             if args_of(first)
-            else f"`{first.name}` has no `args`: how many there are is told by the folders' names",
+            else f"`{first.name}` has no `args`: the names of the folders say how many there are",
         )
     files = {rank: first if name == names[0] else _open(folder, name) for name, rank in ranks.items()}
     for file in files.values():
@@ -200,7 +200,7 @@ def _models(state: Mapping[str, Any], file: str) -> list[Mapping[str, Any]]:
     keys = sorted((key for key in state if _MODEL.fullmatch(key)), key=lambda key: int(key[5:] or 0))
     models: list[Any] = [state[key] for key in keys]
     if not models or not all(isinstance(model, dict) for model in models):
-        raise UserError(f"`{file}` has no `model`", hint="it is no checkpoint of Megatron-LM")
+        raise UserError(f"`{file}` has no `model`", hint="it is not a checkpoint of Megatron-LM")
     models = [_named(model) for model in models]
     if any("language_model" in name for model in models for name in model):
         raise UserError(

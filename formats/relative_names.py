@@ -24,4 +24,4 @@ def check_below(name: Any, *, source: str) -> None:
     """Raise UserError unless `name`, which the file `source` gives, stays below its folder."""
     if not stays_below(name):
         named = format_untrusted(name)
-        raise UserError(f"`{source}` names the file `{named}`, which is no valid path inside the directory: it was not opened")
+        raise UserError(f"`{source}` names the file `{named}`, which is not a valid path inside the directory: it was not opened")

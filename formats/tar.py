@@ -158,7 +158,7 @@ def _add(members: dict[str, Member], info: tarfile.TarInfo, archive: str) -> Non
     if not stays_below(name):
         what = "a name that leaves the archive"
     elif not info.isreg() or info.issparse():
-        what = "a member that is no plain file"
+        what = "a member that is not a plain file"
     elif name in members:
         what = "two members of one name"
     if what or len(members) >= _MOST_MEMBERS:

@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import bare_experts, finetune, trace
+from benchmarks import bare_experts, finetune, startup, trace
+from benchmarks.convert import Run
 from benchmarks.expert_shapes import PRECISIONS, SHAPES, config_of, settings
 from benchmarks.peft_finetune import as_transformers
 from tests.trainer.settings import HOPPER
@@ -84,3 +85,29 @@ def test_a_summary_of_a_trace_has_the_times_of_torchs_own(tmp_path):
 def test_waits_of_a_gpu_are_the_times_in_which_no_stream_runs():
     kernels = [trace.Event(0, 4, "a"), trace.Event(1, 2, "b"), trace.Event(7, 9, "c"), trace.Event(9, 10, "d")]
     assert list(trace.gaps(kernels)) == [(3, "a", "c")]
+
+
+def test_starting_up_counts_the_quickest_round_and_show_beyond_its_import():
+    """Commands are given the seconds here; that they run is `test_show`'s."""
+    seconds = {
+        "import": iter((6.0, 5.0, 7.0)),
+        "--help": iter((0.2, 0.5, 0.1)),
+        "recipes": iter((0.6,) * 3),
+        "show": iter((6.6, 6.4, 9.0)),
+    }
+    order = []
+
+    def run(command, _):
+        (name,) = {name for name in seconds for word in command if name in word.split()}
+        order.append(name)
+        return Run(seconds=20.0, cores=next(seconds[name]))
+
+    asked = startup.commands("llama_tiny")
+    taken = startup.measure(asked, 3, run)
+    assert order == [*seconds] * 3
+    assert [startup.row(one, run, taken[0]) for one, run in zip(asked, taken, strict=True)] == [
+        "| `import torch, megatron.core` | 5.00 | 20.00 | – | – |",
+        "| `mbtrain --help` | 0.10 | 20.00 | 0.10 | 0.3 kept |",
+        "| `mbtrain recipes` | 0.60 | 20.00 | 0.60 | 0.5 exceeded |",
+        "| `mbtrain show llama_tiny` | 6.40 | 20.00 | 1.40 | 1.5 kept |",
+    ]

@@ -7,6 +7,7 @@ be chained, asked for its class, and read by attributes that are facts; its text
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,3 +141,41 @@ def test_what_passes_a_text_on_is_found(line: str) -> None:
     tree = ast.parse(f"def f():\n    try:\n        pass\n    except ValueError as error:\n        {line}\n")
     ((variable, place),) = caught(tree)
     assert list(told(variable, place))
+
+
+def texts(tree: ast.AST) -> Iterator[str]:
+    """What errors say, their hints included; a value in the text is `…`."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if names_in(call.func) & {*OURS, "UsageError"}:
+            for node in (*call.args, *(one.value for one in call.keywords)):
+                yield "".join(_plain(one) for one in ast.walk(node) if isinstance(one, (ast.Constant, ast.FormattedValue)))
+
+
+def _plain(node: ast.Constant | ast.FormattedValue) -> str:
+    return "…" if isinstance(node, ast.FormattedValue) else node.value if isinstance(node.value, str) else ""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_errors_say_it_as_strangers_do(path: Path) -> None:
+    """Not "8, which is no multiple of 3", but "8, which is not divisible by 3"."""
+    found = [text for text in texts(ast.parse(path.read_text())) if ODD.search(text)]
+    assert not found
+
+
+ODD = re.compile(
+    r"(?<!there )\b(is|are) (no\b(?! longer)|none\b)|is no multiple|do not divide|, does not divide|cannot be told\b"
+    r"|\b(stands|lies) (at|in|on|inside)\b"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "odd"),
+    [
+        ('UserError(f"`{name}` is no folder")', True),
+        ('UserError("8, which is no multiple of 3", hint="x")', True),
+        ('UserError("x", hint=f"it is {n}" + " no more, and the run stands at step 3")', True),
+        ('UserError("`x` is not a folder", hint="there is no recipe: it is no longer there")', False),
+    ],
+)
+def test_odd_words_are_found(text: str, odd: bool) -> None:
+    assert any(ODD.search(one) for one in texts(ast.parse(text))) is odd

@@ -294,7 +294,7 @@ class ProfilingConfig:
     """The range of `nsys profile --capture-range=cudaProfilerApi`."""
 
     record_memory_history: bool = False
-    """A snapshot of the GPU's memory after the last of the steps, or when it is full during them."""
+    """A snapshot of the GPU's memory after the last of the steps, and one when it is full, in whatever step."""
 
     profile_step_start: int = 10
     profile_step_end: int = 12

@@ -198,15 +198,20 @@ class Nsys(Windowed):
 
 
 class MemoryHistory(Windowed):
-    """Write snapshots of allocated memory for pytorch.org/memory_viz: after the last of the steps, and when memory is full."""
+    """Write snapshots of allocated memory for pytorch.org/memory_viz: after the last of the steps, and when memory is full.
+
+    Allocations are recorded from the first step on, because that is where most runs fill the memory.
+    """
 
     def __init__(self, settings: ProfilingConfig, folder: Path) -> None:
         super().__init__(settings)
         self.folder = folder
 
-    def begin(self) -> None:
+    def on_start(self, run: Run) -> None:
+        """Record from here on, and write a snapshot when an allocation fails."""
         torch.cuda.memory._record_memory_history(max_entries=100_000)
         torch._C._cuda_attach_out_of_memory_observer(lambda *_: self._dump("out-of-memory"))
+        super().on_start(run)
 
     def end(self) -> None:
         self._dump("memory")

@@ -173,7 +173,7 @@ def read_description(folder: Folder) -> Description:
     """Read `adapter.json` from an iteration's folder. Raises UserError if it is missing, or has an unknown or invalid field."""
     if not folder.has(DESCRIPTION):
         raise UserError(
-            f"`{folder.label}` has no `{DESCRIPTION}`, so it is no adapter",
+            f"`{folder.label}` has no `{DESCRIPTION}`, so it is not an adapter",
             hint="an adapter is a folder with PEFT's `adapter_config.json`, or a checkpoint of a training run with `peft`",
         )
     document = read_json(folder, DESCRIPTION)

@@ -117,7 +117,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"`{format_untrusted(pattern)}`, which is no regular expression: {fault(error)}") from error
+        raise UserError(f"`{format_untrusted(pattern)}`, which is not a regular expression: {fault(error)}") from error
 
 
 @lru_cache(512)

@@ -159,7 +159,7 @@ def _adapted_module(name: str) -> str:
             return name.removeprefix(PREFIX).removesuffix(ending)
     _refuse_other_writers(name)
     raise UserError(
-        f"`{PEFT_WEIGHTS}` holds `{name}`, which is no tensor of a LoRA on a linear layer",
+        f"`{PEFT_WEIGHTS}` holds `{name}`, which is not a tensor of a LoRA on a linear layer",
         hint="embeddings, biases and modules that were trained whole are not supported: merge the adapter with PEFT "
         "(`merge_and_unload`) and convert the merged model",
     )

@@ -148,6 +148,6 @@ def _pieces(container: Container, parts: list[tuple[str, list[int]]], ranks: int
 
 def _cut(key: str, what: str) -> UserError:
     return UserError(
-        f"`{key}` is stored in {what}: where its optimizer state is cannot be told",
+        f"`{key}` is stored in {what}: it is not known where its optimizer state is",
         hint="load it in Megatron and save it with `--dist-ckpt-optim-fully-reshardable`",
     )

@@ -101,7 +101,7 @@ def _stages(optimizer: Optimizer) -> int:
     missing = [group for group in range(optimizer.groups) if group not in optimizer.buffers]
     if missing or optimizer.groups % optimizer.ranks:
         raise UserError(
-            f"{len(optimizer.buffers)} groups of ranks have optimizer state, which are no pipeline stages of {optimizer.ranks}"
+            f"{len(optimizer.buffers)} groups of ranks have optimizer state, which are not the stages of {optimizer.ranks}"
             + (f": group {missing[0]} is missing" if missing else ""),
             hint="the checkpoint is incomplete: copy it again",
         )
@@ -160,7 +160,9 @@ def locate_experts(
     groups = optimizer.groups
     parallel = groups // (optimizer.ranks * stages)
     if parallel < 1 or groups != optimizer.ranks * stages * parallel or count % parallel:
-        raise UserError(f"{count} experts do not divide over {groups} groups of ranks in {stages} pipeline stages", hint=_RESAVE)
+        raise UserError(
+            f"{count} experts cannot be divided evenly among {groups} groups of ranks in {stages} pipeline stages", hint=_RESAVE
+        )
     of_layer: dict[tuple[str, int], list[Parameter]] = {}
     for parameter in experts:
         of_layer.setdefault((parameter.stack, parameter.layer), []).append(parameter)

@@ -86,7 +86,7 @@ def _add_optimizer(
             raise UserError(
                 f"buffer `{buffer.key}` in `{name}` has {buffer.size} elements, and weights in `{file.name}` that fill as many "
                 "are not to be found",
-                hint="the files are of two runs, or the sizes of buckets cannot be told: load it in Megatron-LM and save it with "
+                hint="the files are of two runs, or the sizes of buckets are not known: load it in Megatron-LM and save it with "
                 "`--ckpt-format torch_dist`",
             )
         first, storage, paddings = match

@@ -88,9 +88,9 @@ def without_fc2(metadata):
 @pytest.mark.parametrize(("change", "pattern"), [
     (hole, f"the chunks of `{FC2}` do not tile its shape"), (overlapping, f"the chunks of `{FC2}` do not tile its shape"),
     (shifted, f"the chunks of `{FC2}` do not tile its shape"), (past_the_end, f"`{FC2}` runs past the end of `__0_0.distcp`"),
-    (renamed("../__0_0.distcp"), "which is no valid path inside the directory"),
-    (renamed("/etc/passwd"), "`/etc/passwd`, which is no valid path inside the directory"),
-    (renamed("a/../../b"), "which is no valid path inside the directory"),
+    (renamed("../__0_0.distcp"), "which is not a valid path inside the directory"),
+    (renamed("/etc/passwd"), "`/etc/passwd`, which is not a valid path inside the directory"),
+    (renamed("a/../../b"), "which is not a valid path inside the directory"),
     (renamed("gone"), r"names `gone`, which is not in .*\n\nhint: .* copy it again"),
     (unplaced, "gives no location of"), (without_fc2, "the checkpoint lacks `decoder.layers.0.mlp.linear_fc2.weight`"),
 ])  # fmt: skip
@@ -183,7 +183,7 @@ def place_field(name, value):
     (chunk_field("sizes", (1, 64, 10**5000)), "whole numbers"), (chunk_field("sizes", (1.5, 64, 48)), "whole numbers"),
     (place_field("offset", 1.5), "does not give the location"),
     (place_field("length", None), "not a valid index of torch: it lacks `length`"),
-    (place_field("relative_path", "a" * 300), "which is no valid path inside the directory"),
+    (place_field("relative_path", "a" * 300), "which is not a valid path inside the directory"),
     (lambda m: setattr(m.state_dict_metadata[FC2], "chunks", 5), "not a valid index of torch"),
     (lambda m: setattr(m.state_dict_metadata[FC2], "properties", 5), "not a valid index of torch"),
 ])  # fmt: skip

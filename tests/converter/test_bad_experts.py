@@ -73,7 +73,7 @@ def test_a_bias_comes_back_to_the_bit_in_either_dtype(saved, tmp_path):
 
 
 GROUPS = [
-    ({"n_group": 3}, "8 experts do not divide into 3 groups"),
+    ({"n_group": 3}, "8 experts cannot be divided evenly into 3 groups"),
     ({"n_group": 8}, "a group of 1 experts is rated by its 2 best"),
     ({"topk_group": 5}, "5 groups are chosen of 4"),
     ({"topk_group": 1}, "3 experts are chosen in 1 groups of 2"),

@@ -47,7 +47,7 @@ def test_no_or_broken_config(source, tmp_path, text, pattern):
     ({"num_hidden_layers": 10**9}, "says 1000000000 layers, but there are only 39 tensors in all"),
     ({"num_hidden_layers": 5}, "the source lacks `model.layers.4.input_layernorm.weight`, .* and 6 more"),
     ({"num_hidden_layers": 3}, r"holds `model.layers.3.input_layernorm.weight`, .* and 6 more, for which"),
-    ({"num_key_value_heads": 3}, "8 attention heads do not divide into 3 query groups"),
+    ({"num_key_value_heads": 3}, "8 attention heads are not divisible by 3 query groups"),
     ({"intermediate_size": 80}, r"has shape \[96, 64\], by `config.json` it should be \[80, 64\]"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "rope type `yarn`"),
     ({"rope_parameters": [1]}, "`rope_(parameters|scaling)` is"),
@@ -161,7 +161,7 @@ def edit_index(source, change):
 @pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "a/../../b.safetensors", "..", "a//b", "", "a\\b", None, 5])
 def test_an_index_that_leaves_the_directory(source, tmp_path, file):
     edit_index(source, lambda index: index["weight_map"].update({"model.norm.weight": file}))
-    refused(hf_to_mcore, source, tmp_path, "which is no valid path inside the directory: it was not opened")
+    refused(hf_to_mcore, source, tmp_path, "which is not a valid path inside the directory: it was not opened")
 
 
 def test_an_index_may_name_files_in_folders_below(source, tmp_path):
@@ -209,7 +209,7 @@ def test_a_missing_tensor_is_named_before_any_byte_moves(source, tmp_path):
     ({"tp": 3}, "tensor-parallel size 3 neither divides the model's 4 query groups nor is a multiple of them"),
     ({"tp": 16}, "tensor-parallel size 16 does not divide the model's attention heads, 8"),
     ({"pp": 5}, "5 pipeline ranks × 1 virtual stages are more than the model's 4 layers"),
-    ({"pp": 3}, r"4 layers do not divide into 3 pipeline ranks .*\n\nhint: .*`--pp-layout 2,1,1`"),
+    ({"pp": 3}, r"4 layers cannot be divided evenly into 3 pipeline ranks .*\n\nhint: .*`--pp-layout 2,1,1`"),
     ({"pp": 2, "pp_layout": [3, 2]}, r"`--pp-layout 3,2` has 2 stages and 5 layers; .* the model has 4 layers"),
     ({"pp": 2, "pp_layout": [4]}, r"`--pp-layout 4` has 1 stages"),
     ({"pp": 2, "vpp": 2, "pp_layout": [2, 2]}, r"2 pipeline ranks × 2 virtual stages need 4"),

@@ -165,7 +165,7 @@ def test_torchtitans_names_are_read_for_llama_alone(state, config, tmp_path):
     described = json.loads((config / "config.json").read_text())
     for changes, message in (
         ({"model_type": "qwen3"}, "torchtitan's names, which are known for `llama` alone; its `config.json` says `qwen3`"),
-        ({"num_attention_heads": 5}, r"`num_attention_heads` is `5`: its rows are no pairs of as many heads"),
+        ({"num_attention_heads": 5}, r"`num_attention_heads` is `5`: its rows are not divisible into pairs of as many heads"),
     ):
         (tmp_path / "titan" / "config.json").write_text(json.dumps({**described, **changes}))
         refused(hf_to_mcore, tmp_path / "titan", tmp_path, message)

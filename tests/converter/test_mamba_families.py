@@ -115,7 +115,7 @@ REFUSED = {
     "width": ("nemotron_h", {"conv_kernel": 3}, "`conv_kernel` is `3`; only `4`"),
     "activation": ("nemotron_h", {"mamba_hidden_act": "gelu"}, "`mamba_hidden_act` is `gelu`; only `silu`"),
     "heads": ("bamba", {"mamba_n_heads": 6}, "`mamba_n_heads` is 6 and `mamba_d_head` `16`, and `mamba_expand` times"),
-    "groups": ("mamba2", {"n_groups": 3}, "`num_heads` is 8, which `n_groups`, 3, does not divide"),
+    "groups": ("mamba2", {"n_groups": 3}, "`num_heads` is 8, which is not divisible by `n_groups`, 3"),
     "kinds": ("nemotron_h", {"hybrid_override_pattern": "MMMM"}, "two things: `layers_block_type` is `ME.-`, `hybrid_override"),
     "unknown kind": ("nemotron_h", {"layers_block_type": ["mamba", "conv"]}, "`layers_block_type` has `conv`"),
     "layers": ("nemotron_h", {"num_hidden_layers": 5}, "two things: `num_hidden_layers` is `5`, the number of layers that have"),

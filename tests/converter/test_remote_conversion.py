@@ -165,7 +165,7 @@ def test_a_bucket_with_a_model_is_refused_and_replaced_on_purpose(folder, checkp
 
 @pytest.mark.parametrize("option", ["verify", "resume"])
 def test_what_a_bucket_cannot_do_is_said_at_once(folder, option):
-    with pytest.raises(UserError, match=rf"`--{option}` needs a directory as target, `s3://bucket/out` is none"):
+    with pytest.raises(UserError, match=rf"`--{option}` needs a directory as target, `s3://bucket/out` is not one"):
         hf_to_mcore(folder, "s3://bucket/out", **{option: True})
 
 

@@ -225,7 +225,7 @@ def test_optimizer_state_that_says_too_little_is_left_out_only_on_demand(ranks, 
     ):
         reshard(saved, tmp_path / "made")
     reshard(saved, tmp_path / "made", weights_only=True, verify=True, reporter=reporter)
-    assert any("tensors that are no weights (such as `optimizer." in text for text in notes)
+    assert any("tensors that are not weights (such as `optimizer." in text for text in notes)
     assert not inspect(tmp_path / "made").optimizer_state
     assert verify(tmp_path / "made", imported[0]).same
 

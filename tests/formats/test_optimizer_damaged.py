@@ -93,7 +93,7 @@ def test_a_missing_state_is_named(buckets):
 def test_a_missing_group_is_named(buckets):
     buckets.drop(f"{GROUP}1.")
     buckets.args(pipeline_model_parallel_size=None)
-    assert buckets.refusal() == ("3 groups of ranks have optimizer state, which are no pipeline stages of 2: group 1 is missing")
+    assert buckets.refusal() == ("3 groups of ranks have optimizer state, which are not the stages of 2: group 1 is missing")
 
 
 def test_missing_hyper_parameters_are_named(buckets):

@@ -188,7 +188,7 @@ def test_a_rank_that_is_missing_or_too_many_is_named(tmp_path):
     gone = damaged(tmp_path / "1", lambda folder: shutil.rmtree(folder / "mp_rank_01_000"))
     assert "should have folders of 4 ranks: `mp_rank_01_000/` is missing" in gone
     more = damaged(tmp_path / "2", lambda folder: (folder / "mp_rank_02_000").mkdir())
-    assert "should have folders of 4 ranks: `mp_rank_02_000/` is none of them" in more
+    assert "should have folders of 4 ranks: `mp_rank_02_000/` is not one of them" in more
     empty = damaged(tmp_path / "3", lambda folder: (folder / "mp_rank_01_001" / FILE).unlink())
     assert "has no `mp_rank_01_001/model_optim_rng.pt`" in empty
 

@@ -68,9 +68,9 @@ def special(kind, **fields):
 
 
 HOSTILE = {
-    "a link": ({}, special(tarfile.SYMTYPE, linkname="/etc/passwd"), "a member that is no plain file: `weights/special`"),
-    "a hard link": ({}, special(tarfile.LNKTYPE, linkname="weights/b"), "a member that is no plain file"),
-    "a device": ({}, special(tarfile.CHRTYPE), "a member that is no plain file"),
+    "a link": ({}, special(tarfile.SYMTYPE, linkname="/etc/passwd"), "a member that is not a plain file: `weights/special`"),
+    "a hard link": ({}, special(tarfile.LNKTYPE, linkname="weights/b"), "a member that is not a plain file"),
+    "a device": ({}, special(tarfile.CHRTYPE), "a member that is not a plain file"),
     "a path above": ({"../x": b"1"}, None, "a name that leaves the archive: `../x`"),
     "a path above within": ({"a/../../x": b"1"}, None, "a name that leaves the archive"),
     "an absolute path": ({"/x": b"1"}, None, "a name that leaves the archive: `/x`"),
@@ -94,7 +94,7 @@ def test_a_sparse_member_is_named(tmp_path):
     raw[148:156] = b" " * 8
     raw[148:156] = b"%06o\0 " % sum(raw[:512])
     path.write_bytes(raw)
-    with pytest.raises(UserError, match=r"no plain file: `a`|not a readable tar archive"):
+    with pytest.raises(UserError, match=r"not a plain file: `a`|not a readable tar archive"):
         opened(path)
 
 

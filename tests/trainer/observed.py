@@ -191,13 +191,24 @@ Look = Callable[[dict[str, Any], int], dict[str, Any]]
 
 
 def differences(trials: dict[str, Trial], look: Look = observe) -> dict[str, list[str]]:
-    """For each setting: which parts of what `look` sees are other ones with its value than without; or the error."""
-    seen: dict[str, dict[str, Any]] = {}
+    """For each setting: which parts of what `look` sees are other ones with its value than without; or the error.
+
+    A part that is not the same in two runs of the same settings counts for nothing.
+    """
+    seen: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     found: dict[str, list[str]] = {}
     for setting, trial in trials.items():
         key = repr((trial.base, trial.world))
         if key not in seen:
-            seen[key] = look(trial.base, trial.world)
-        before, after = seen[key], look({**trial.base, setting: trial.value}, trial.world)
-        found[setting] = [part for part in after if before.get(part) != after[part]] if "error" not in after else [after["error"]]
+            seen[key] = _twice(lambda trial=trial: look(trial.base, trial.world))
+        once, again = seen[key]
+        after = look({**trial.base, setting: trial.value}, trial.world)
+        changed = [part for part in after if again.get(part) != after[part] and once.get(part) == again.get(part)]
+        found[setting] = changed if "error" not in after else [after["error"]]
     return found
+
+
+def _twice(look: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two runs of the same settings. If they differ, the first may have done what a process does once: it is not counted."""
+    once, again = look(), look()
+    return (once, again) if once == again else (again, look())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,17 @@ class Broken(small.History):
                 next(run.chunks[0].parameters()).view(-1)[0] += 1
 
 
-class Slow(small.History):
-    """A rank that the others wait for, after the first step."""
+@dataclass
+class Waiting(small.History):
+    """A rank that does not go on after the second step, until a rank gave up on it and has left the file `ended`."""
+
+    ended: Path = Path()
 
     def on_step(self, run: Any, step: Any) -> None:
         if torch.distributed.get_rank() == 1 and run.progress.iteration == 2:
-            time.sleep(6)
+            limit = time.monotonic() + 120
+            while not self.ended.exists() and time.monotonic() < limit:
+                time.sleep(0.05)
 
 
 def _fails(folder: str, changes: dict[str, Any], callback: small.History) -> str:
@@ -67,9 +74,19 @@ def test_weights_that_ranks_do_not_share_are_told_on_all_of_them(ranks: Any, mod
     assert ranks.run(_fails, 2, str(model_folder()), changes, small.History()) == ["", ""]
 
 
-def test_steps_have_a_timeout_of_their_own(ranks: Any, model_folder: Any) -> None:
-    """Rank 0 gives up on rank 1 long before the ten minutes that starting may take."""
-    told = ranks.run(_fails, 2, str(model_folder()), {**PLAN, "dist__step_timeout_minutes": 0.03}, Slow())
+def _gives_up(folder: str, changes: dict[str, Any], callback: Waiting) -> str:
+    """The error of this rank; rank 0 leaves the file that rank 1 waits for."""
+    try:
+        return _fails(folder, changes, callback)
+    finally:
+        if os.environ["RANK"] == "0":
+            callback.ended.touch()
+
+
+def test_steps_have_a_timeout_of_their_own(ranks: Any, model_folder: Any, tmp_path: Path) -> None:
+    """Rank 0 gives up on rank 1, which waits two minutes for that: long before the ten minutes that starting may take."""
+    changes = {**PLAN, "dist__step_timeout_minutes": 0.03}
+    told = ranks.run(_gives_up, 2, str(model_folder()), changes, Waiting(ended=tmp_path / "ended"))
     assert "Error" in told[0]
 
 

@@ -23,7 +23,7 @@ from tests.trainer import observed
 from tests.trainer.observed import Trial
 from tests.trainer.settings import HOPPER
 from tests.trainer.test_gpu_settings import ON_ONE_GPU, ON_TWO_GPUS
-from tests.trainer.trials import BUILT, OBSERVED, SENT
+from tests.trainer.trials import BUCKETS, BUILT, MOE, OBSERVED, SENT
 from trainer.settings import unsupported
 from trainer.settings.resolve import resolve
 
@@ -46,8 +46,8 @@ DECIDED: dict[str, Any] = {
     "model.persist_layer_norm": True,
     "model.cross_entropy_loss_fusion": True,
 }
-"""Settings that say which kernels compute. A CPU has one for each, and a run tells why; on a GPU, those that are not tried in
-`test_gpu_settings` have one as well, which is Transformer Engine's."""
+"""Settings that say which kernels compute. A CPU has one for each, and a run tells why; on a GPU, `test_gpu_settings` tries them,
+but for those that `unsupported.ALWAYS_ON_GPUS` names."""
 
 _TRANSFORMERS = "test_parity.py::test_the_curve_is_that_of_transformers_and_adamw"
 _GPUS = "test_gpu.py::test_layouts_over_two_gpus_leave_one_gpus_curve_no_further_than_bf16_leaves_that_of_fp32"
@@ -116,6 +116,42 @@ def test_a_field_that_nothing_carries_out_is_refused_by_name(setting: str) -> No
     assert f"`{setting}`" in str(refused.value) or f"`{setting}=" in str(refused.value)
 
 
+def test_a_field_that_a_newer_megatron_core_has_is_not_refused_by_chance() -> None:
+    """So it fails the test above, until somebody decides about it."""
+    config = observed.settings()
+    newer = dataclasses.make_dataclass("Newer", [("switch", bool, dataclasses.field(default=False))], bases=(type(config.model),))
+    fields = {one.name: getattr(config.model, one.name) for one in dataclasses.fields(config.model) if one.init}
+    config.model = newer(**fields, switch=True)
+    assert resolve(config, world_size=1, device="gpu", machine=HOPPER).config.model.switch
+
+
+def test_every_field_of_the_three_is_walked() -> None:
+    private = [one.name for kind in KINDS.values() for one in dataclasses.fields(kind) if one.name[0] == "_"]
+    assert private == ["_cpu_offloading_context"]
+    assert len({*EVERY}) + len(private) == sum(len(dataclasses.fields(kind)) for kind in KINDS.values())
+    assert {*REFUSED} | COVERED == {*EVERY}
+    assert all(any(setting.startswith(f"{section}.") for setting in REFUSED) for section in KINDS)
+
+
+@pytest.mark.parametrize("setting", [one for one in DECIDED if one not in ON_ONE_GPU])
+def test_a_kernel_that_gpus_always_have_cannot_be_switched_off(setting: str) -> None:
+    assert setting in unsupported.ALWAYS_ON_GPUS
+    with pytest.raises(UserError, match=f"`{setting}` is `False`, which does not work on GPUs: "):
+        resolve(observed.settings(**{setting: False}), world_size=1, device="gpu", machine=HOPPER)
+    assert resolve(observed.settings(**{setting: True}), world_size=1, device="gpu", machine=HOPPER)
+
+
+def test_a_run_that_is_done_twice_is_no_change(ranks: Any) -> None:
+    """Also where its numbers are drawn, and experts or buckets have an order."""
+    bases = [{"model.hidden_dropout": 0.1}, MOE, BUCKETS]
+    same = {f"train.{name}": Trial(value, base) for (name, value), base in zip(_AS_EVER.items(), bases, strict=True)}
+    assert ranks.run(observed.differences, 1, same) == [{setting: [] for setting in same}]
+
+
+_AS_EVER = {"train_iters": observed.STEPS, "global_batch_size": 2, "micro_batch_size": 1}
+"""What `observed.settings` sets."""
+
+
 def test_no_field_is_both_refused_and_carried_out() -> None:
     refused = {setting for setting, _ in unsupported.never_supported()}
     assert not refused & COVERED
@@ -148,7 +184,9 @@ def plain(ranks: Any) -> Any:
 
     def make(base: dict[str, Any]) -> Any:
         if repr(base) not in made:
-            made[repr(base)] = ranks.run(observed.observe, 2, base)
+            once, again = (ranks.run(observed.observe, 2, base) for _ in range(2))
+            assert [one["operations"] for one in once] == [one["operations"] for one in again]
+            made[repr(base)] = again
         return made[repr(base)]
 
     return make
@@ -172,4 +210,6 @@ def test_a_kernel_that_a_cpu_lacks_is_told_of(setting: str) -> None:
 @pytest.mark.parametrize("setting", NAMED)
 def test_the_test_that_is_named_for_a_setting_is_there(setting: str) -> None:
     file, _, test = NAMED[setting].partition("::")
-    assert re.search(rf"^def {test}\(", (Path(__file__).parent / file).read_text(), re.MULTILINE)
+    text = (Path(__file__).parent / file).read_text()
+    assert re.search(rf"^def {test}\(", text, re.MULTILINE)
+    assert re.search(rf"\b{setting.partition('.')[2]}\b|__{setting.partition('.')[2]}\b", text)

@@ -29,6 +29,7 @@ TOLD = {
 CASES = {
     "fp32": (1, {}),
     "bf16": (1, {"mixed_precision": "bf16_mixed"}),
+    "fp16": (1, {"mixed_precision": "fp16_mixed", "optimizer__initial_loss_scale": 2.0**8}),  # a scale that skips no step
     "bf16, distributed optimizer": (2, {"mixed_precision": "bf16_mixed", "ddp__use_distributed_optimizer": True}),
     "FP8, delayed scaling": (1, {"mixed_precision": "bf16_with_fp8_delayed_scaling_mixed"}),
     "FP8, current scaling": (1, {"mixed_precision": "bf16_with_fp8_current_scaling_mixed"}),

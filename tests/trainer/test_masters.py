@@ -9,11 +9,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from converter import check
 from formats.errors import UserError
 from tests.trainer import small
 from tests.trainer.shifting import WIDE, as_before
+from trainer.checkpoints import masters
 
 DISTRIBUTED = {"ddp__use_distributed_optimizer": True}
 SHORT = {
@@ -91,6 +93,23 @@ def test_one_wrong_master_is_named(kind, refused):
     name, others = refused(1, KINDS[kind], _train_spoiled, 0)
     assert name.endswith("weight")
     assert others == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_master_agrees_where_its_rounding_has_the_bits_of_the_weight(dtype):
+    """To nearest even, also of numbers that are halfway, subnormal or too large; a single bit of a single weight is enough."""
+    step = torch.finfo(dtype).eps
+    odd = torch.tensor([1 + step / 2, 1 + 3 * step / 2, torch.finfo(dtype).tiny / 2, 1e38, -0.0, 0.0])
+    master = torch.cat([odd, torch.randn(1000, generator=torch.Generator().manual_seed(1))])
+    weight = torch.nn.Parameter(torch.cat([master[:7], master]).to(dtype))
+    assert masters._Pair(weight, slice(7, None), master).agrees
+    for number in (0, 5, 1005):
+        spoiled = weight.detach().clone()
+        spoiled.view(torch.int32 if dtype is torch.float32 else torch.int16)[7 + number] ^= 1
+        assert not masters._Pair(torch.nn.Parameter(spoiled), slice(7, None), master).agrees
+    swapped = weight.detach().clone()
+    swapped[7 + 4] = 0.0  # where the master is -0.0
+    assert not masters._Pair(torch.nn.Parameter(swapped), slice(7, None), master).agrees
 
 
 def test_all_ranks_refuse_what_one_finds(refused):

@@ -81,6 +81,63 @@ def test_what_another_run_has_saved_is_not_replaced_unless_that_is_said(ranks, m
     assert models.tree(copy) == before
 
 
+SPELLINGS = {
+    "the same": ("base", "base"),
+    "relative": ("base", "{here}/base"),
+    "with dots": ("base/iter_0000002/..", "{here}/base"),
+    "one of its checkpoints": ("base", "{here}/base/iter_0000002"),
+    "a file of it": ("base", "base/iter_0000001/mbtrain.yaml"),
+    "saved to a link": ("link", "base"),
+    "read from a link": ("base", "link"),
+    "read from a link to a checkpoint": ("base", "newest"),
+    "a link in a link": ("link", "{here}/newest"),
+}
+
+
+@pytest.mark.parametrize("name", ["pretrained_checkpoint", "pretrained_adapter"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_weights_that_a_run_starts_from_are_never_where_it_saves(spelling, name, copy, tmp_path, monkeypatch):
+    """However the two are spelled, and also where checkpoints may be overwritten or are resumed."""
+    copy.rename(tmp_path / "base")
+    (tmp_path / "link").symlink_to("base")
+    (tmp_path / "newest").symlink_to("link/iter_0000002")
+    monkeypatch.chdir(tmp_path)
+    save, source = (text.format(here=tmp_path) for text in SPELLINGS[spelling])
+    for more in ({}, {"overwrite": True}, {"load": save}):
+        with pytest.raises(UserError) as refused:
+            resume_point.find(CheckpointConfig(save=save, **{name: source}, **more))
+        assert str(refused.value) == (
+            f"`checkpoint.save` is `{save}`, and `checkpoint.{name}` is `{source}`: what is saved would replace it\n\n"
+            f"hint: save to another folder; or, to resume the run in that one, set `checkpoint.load={save}` in place of "
+            f"`checkpoint.{name}`"
+        )
+
+
+@pytest.mark.parametrize("inside", ["", "/run", "/deep/run"])
+def test_nothing_is_saved_inside_a_checkpoint(inside, copy):
+    """It would be removed with the checkpoint, and one in the folder itself would be read in place of it."""
+    checkpoint = copy / "iter_0000002"
+    save = f"{checkpoint}{inside}"
+    with pytest.raises(UserError) as refused:
+        resume_point.find(CheckpointConfig(save=save, pretrained_checkpoint=str(copy)))
+    assert str(refused.value) == (
+        f"`checkpoint.save` is `{save}`, which is inside the checkpoint `{checkpoint}`\n\nhint: save to another folder"
+    )
+
+
+def test_a_run_may_save_beside_the_weights_that_it_starts_from_above_and_below_them(ranks, model_folder, copy, tmp_path):
+    """In a folder of the model's, or in one that holds the model's folder: no file of the model changes."""
+    model = shutil.copytree(model_folder(), tmp_path / "models" / "m")
+    before = models.tree(model)
+    changes = {**SHORT, "train__train_iters": 2, "checkpoint__keep_last": 1, "checkpoint__pretrained_checkpoint": str(model)}
+    for save in (tmp_path / "models", model / "run"):
+        ranks.run(witness.train, 1, str(model), {**changes, "checkpoint__save": str(save)})
+        assert _iterations(save) == ["iter_0000002"]
+    assert {name: value for name, value in models.tree(model).items() if not name.startswith("run/")} == before
+    beside = CheckpointConfig(save=str(copy / "run"), pretrained_checkpoint=str(copy))
+    assert resume_point.find(beside) is None
+
+
 def test_overwriting_replaces_the_same_steps_and_prunes_none_of_the_other_run(ranks, model_folder, copy, used):
     changes = {**SHORT, "checkpoint__save": str(copy), "checkpoint__overwrite": True, "checkpoint__keep_last": 1, "rng__seed": 7}
     (copy / "iter_0000002").rename(copy / "iter_0000001.kept")

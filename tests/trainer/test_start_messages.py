@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from tests import models
 from tests.converter.family_suite import small_model
 from tests.trainer import small
+from tests.trainer.chat import packed
 
 
 class Interrupted(small.History):
@@ -78,6 +80,29 @@ def test_a_run_says_what_it_is_before_its_first_step(ranks: Any, model_folder: A
     assert found["checkpoints"] == f"{tmp_path / 'run'}, every 2 steps and at the end"
     assert found["memory"].endswith(" MB in the fullest of 2 processes, estimated")
     assert [line.split()[1] for line in lines[first + 8 :] if line.startswith("step ")] == ["1/3", "3/3"]
+
+
+def test_a_run_says_before_its_first_step_how_often_it_reads_its_data_and_that_nothing_is_saved(
+    ranks: Any, model_folder: Any, tmp_path: Path, told: dict[str, Any]
+) -> None:
+    changes = {**told, "checkpoint__save": None, "dataset": packed.Given(count=5, packed=False)}
+    ((said, *_),) = ranks.run(_run, 1, str(model_folder("gqa")), str(tmp_path / "log"), changes)
+    before, _, _ = said.partition("step 1/3")
+    assert "an example a row, 2.4 epochs of 5 samples; no validation\n" in before
+    assert re.search(r"^checkpoints +nothing is saved: `checkpoint.save` is not set$", before, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("times", "words"), [(0.5, "0.5"), (9.94, "9.9"), (32_000, "32,000")])
+def test_many_epochs_are_a_number_that_one_can_read(times: float, words: str) -> None:
+    """As fine-tuning 40 examples with the settings of a recipe is."""
+    from trainer.config import TrainingConfig
+    from trainer.logging import summary
+
+    class Examples:
+        per_epoch = 100
+
+    train = TrainingConfig(train_iters=round(100 * times), global_batch_size=1)
+    assert summary._epochs(train, Examples()) == f", {words} epochs of 100 samples"
 
 
 @pytest.mark.parametrize(("family", "kinds"), [("nemotron_h", "ME*-"), ("llama", "*-*-*-*-")])

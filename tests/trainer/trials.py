@@ -94,7 +94,7 @@ OBSERVED: dict[str, Trial] = {
     "model.moe_shared_expert_intermediate_size": Trial(8, MOE),
     "model.moe_shared_expert_gate": Trial(True, SHARED),
     "model.moe_shared_expert_overlap": Trial(True, SHARED),
-    "model.moe_router_load_balancing_type": Trial("seq_aux_loss", MOE),
+    "model.moe_router_load_balancing_type": Trial("seq_aux_loss", {**MOE, "train.micro_batch_size": 2}),
     "model.moe_router_topk": Trial(3, MOE),
     "model.moe_router_num_groups": Trial(4, GROUPS),
     "model.moe_router_group_topk": Trial(2, GROUPS),

@@ -70,7 +70,10 @@ def _is_of(source: Path, root: Path) -> bool:
 def _check_save(config: CheckpointConfig, resumed: Path | None) -> None:
     """Raise UserError if `save` holds checkpoints of another run: this one would replace those of the same iterations, and the
     tracker."""
-    if config.save is None or config.overwrite or (resumed and same(resumed.parent, config.save)):
+    if config.save is None:
+        return
+    _check_outside(Path(config.save))
+    if config.overwrite or (resumed and same(resumed.parent, config.save)):
         return
     tracker = Path(config.save) / TRACKER
     existing = [*(path.name for path in iterations.complete(config.save)), *([TRACKER] if tracker.exists() else [])]
@@ -81,4 +84,14 @@ def _check_save(config: CheckpointConfig, resumed: Path | None) -> None:
             "it would overwrite that",
             hint=f"resume that run with `checkpoint.load={config.save}`, save to another folder, or set "
             "`checkpoint.overwrite=true` to replace it",
+        )
+
+
+def _check_outside(root: Path) -> None:
+    """Raise UserError if `root` is a checkpoint or inside one: what is saved would be removed with it, or read in place of it."""
+    whole = root.resolve()
+    checkpoint = next((path for path in (whole, *whole.parents) if iterations.is_name(path.name) and iterations.sees(path)), None)
+    if checkpoint:
+        raise UserError(
+            f"`checkpoint.save` is `{root}`, which is inside the checkpoint `{checkpoint}`", hint="save to another folder"
         )

@@ -42,13 +42,12 @@ def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, q
     recipe, out, overrides = _split_words(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
     apply_defaults(config, padded_examples(config.model, config.dataset))
-    splits = packed.pack(
-        config.dataset, out, tokenizer=build.require_tokenizer(tokenizer_of_run(config)), vocab_size=config.model.vocab_size
-    )
+    tokenizer, notes = build.require_tokenizer(tokenizer_of_run(config)), list[str]()
+    splits = packed.pack(config.dataset, out, tokenizer=tokenizer, vocab_size=config.model.vocab_size, note=notes.append)
     if as_json:
         click.echo(json.dumps([asdict(split) for split in splits]))
     elif not quiet:
-        for line in _lines(splits):
+        for line in (*_lines(splits), *notes):
             click.echo(line, err=True)
         click.echo(f"done: {out}", err=True)
 

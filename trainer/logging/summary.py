@@ -109,7 +109,10 @@ def _source(dataset: Any) -> str:
 
 def _epochs(train: TrainingConfig, dataset: Any) -> str:
     epoch = getattr(dataset, "per_epoch", None)
-    return f", {train.train_iters * train.global_batch_size / epoch:.2g} epochs of {epoch:,} samples" if epoch else ""
+    if not epoch:
+        return ""
+    epochs = train.train_iters * train.global_batch_size / epoch
+    return f", {epochs:,.0f} epochs of {epoch:,} samples" if epochs >= 10 else f", {epochs:.2g} epochs of {epoch:,} samples"
 
 
 def _validation(validation: ValidationConfig, held_out: Any) -> str:

@@ -123,6 +123,12 @@ GPU_ONLY = {
 }
 """Settings that need a GPU, and the reason."""
 
+ALWAYS_ON_GPUS = {
+    "model.masked_softmax_fusion": "the softmax is part of Transformer Engine's attention",
+    "model.persist_layer_norm": "Transformer Engine has one kernel for each norm",
+}
+"""Kernels that cannot be switched off on GPUs, and the reason."""
+
 _DEFAULTS = {
     "model": TransformerConfig,
     "ddp": distributed.DistributedDataParallelConfig,
@@ -138,6 +144,9 @@ def check(config: RunConfig, device: str) -> None:
     for setting, why in GPU_ONLY.items() if device == "cpu" else ():
         if _differs(config, setting):
             raise _refusal(config, setting, "on the CPU", why)
+    for setting, why in ALWAYS_ON_GPUS.items() if device == "gpu" else ():
+        if getattr(config.model, setting.removeprefix("model."), None) is False:
+            raise _refusal(config, setting, "on GPUs", why)
 
 
 def never_supported() -> Iterator[tuple[str, str]]:

@@ -73,14 +73,14 @@ DAMAGED = {
     ),
     "no dimensions": (lambda w: w.update({f"{Q}.lora_A.weight": torch.ones(())}), r"lora_A.weight` has shape \[\]"),
     "no rows": (lambda w: w.update({f"{Q}.lora_A.weight": torch.ones(0, 64)}), r"lora_A.weight` has shape \[0, 64\]"),
-    "a stray tensor": (lambda w: w.update(stray=torch.ones(2)), r"holds `stray`, which is no tensor of a LoRA"),
+    "a stray tensor": (lambda w: w.update(stray=torch.ones(2)), r"holds `stray`, which is not a tensor of a LoRA"),
     "a bias": (
         lambda w: w.update({f"{Q}.lora_B.bias": torch.ones(64)}),
-        r"q_proj.lora_B.bias`, which is no tensor of a LoRA",
+        r"q_proj.lora_B.bias`, which is not a tensor of a LoRA",
     ),
     "an embedding": (
         lambda w: w.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 384)}),
-        r"lora_embedding_A`, which is no tensor of a LoRA on a linear layer",
+        r"lora_embedding_A`, which is not a tensor of a LoRA on a linear layer",
     ),
     "a magnitude": (
         lambda w: w.update({f"{Q}.lora_magnitude_vector": torch.ones(64)}),
@@ -135,11 +135,11 @@ CONFIGURED = {
     ),
     "a broken pattern": (
         {"target_modules": "(q_proj"},
-        r"`adapter_config.json` holds `.*`, which is no regular expression: the fault is at character",
+        r"`adapter_config.json` holds `.*`, which is not a regular expression: the fault is at character",
     ),
     "a broken rank pattern": (
         {"rank_pattern": {"(": 2}},
-        r"`adapter_config.json` holds `.*`, which is no regular expression: the fault is at character",
+        r"`adapter_config.json` holds `.*`, which is not a regular expression: the fault is at character",
     ),
     "a rank in words": (
         {"rank_pattern": {"q_proj": "2"}},
@@ -196,7 +196,7 @@ def test_a_model_is_no_adapter(base, tmp_path):
 
 def test_a_checkpoint_of_a_model_is_no_adapter(base, tmp_path):
     hf_to_mcore(base, tmp_path / "m")
-    refused(adapter_to_hf, tmp_path / "m", tmp_path, "has no `adapter.json`, so it is no adapter")
+    refused(adapter_to_hf, tmp_path / "m", tmp_path, "has no `adapter.json`, so it is not an adapter")
 
 
 DESCRIBED = {

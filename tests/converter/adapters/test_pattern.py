@@ -79,7 +79,7 @@ def test_what_is_no_pattern_for_re_is_none_here_and_the_rest_matches_or_is_refus
         try:
             expected = by_re(pattern, text)
         except re.error:
-            with pytest.raises(UserError, match="is no regular expression"):
+            with pytest.raises(UserError, match="is not a regular expression"):
                 by_us(pattern, text)
             return
         try:
@@ -120,7 +120,7 @@ def test_a_pattern_that_was_made_to_take_for_ever_matches_nothing_or_is_refused(
 BY_ONE = "\n\nhint: name the modules one by one"
 NOT_ALL = "\n\nhint: backreferences, possessive repeats, conditions and comments are not; name the modules one by one"
 REFUSED = {
-    "(((": "is no regular expression: the fault is at character 3",
+    "(((": "is not a regular expression: the fault is at character 3",
     "a" * 5000: "has 5000 characters; a pattern may have 4096",
     r"(a)\1": rf"has at `\1` what is not supported in a pattern{NOT_ALL}",
     "a*+b": f"has at `+b` what is not supported in a pattern{NOT_ALL}",

@@ -150,7 +150,7 @@ def test_packed_sources_without_weights_have_as_many_rows_as_they_fill(sources, 
     out = tmp_path / "out"
     blend = [str(sources["a"]), str(sources["b"])]
     config = FinetuningDatasetConfig(sequence_length=LENGTH, blend=blend, split="100,0,0")
-    rows = [part.rows for part in pack(config, out, tokenizer=BYTE, vocab_size=384)]
+    rows = [part.rows for part in pack(config, out, tokenizer=BYTE, vocab_size=384, note=pytest.fail)]
     train, *_ = made((sum(rows), 0, 0), path=str(out))
     counted = Counter(source_of(train[number]) for number in range(len(train)))
     assert [counted["a"], counted["b"]] == rows
@@ -159,7 +159,7 @@ def test_packed_sources_without_weights_have_as_many_rows_as_they_fill(sources, 
 def test_shares_of_several_sources_are_packed_apart(sources, tmp_path):
     out = tmp_path / "out"
     config = FinetuningDatasetConfig(sequence_length=LENGTH, blend=[str(sources["a"]), str(sources["b"])], split="80,20,0")
-    done = pack(config, out, tokenizer=BYTE, vocab_size=384)
+    done = pack(config, out, tokenizer=BYTE, vocab_size=384, note=pytest.fail)
     assert [(part.split, part.source, part.examples) for part in done] == [
         ("train", "a", 48), ("train", "b", 24), ("validation", "a", 12), ("validation", "b", 6),
     ]  # fmt: skip
@@ -194,6 +194,27 @@ def test_pack_says_what_it_made_of_each_source(sources, tmp_path):
         f"done: {tmp_path / 'out'}",
     ]
     assert [line.split(": ")[:2] for line in lines[:2]] == [["`a`", "60 examples of 1 file"], ["`b`", "30 examples of 1 file"]]
+
+
+@pytest.mark.parametrize(("option", "printed"), [([], True), (["--quiet"], False)])
+def test_pack_notes_each_source_whose_default_share_leaves_no_validation(option, printed, sources, tmp_path):
+    """As a run with the same files does; examples enough for validation are not noted, shares that somebody chose are refused."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(sources["c"].read_text().splitlines(keepends=True)[:3]))
+    overrides = [
+        f"dataset.blend=[{sources['a']},{few},{sources['c']}]",
+        f"dataset.sequence_length={LENGTH}",
+        "tokenizer.tokenizer_model=byte",
+    ]
+    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(tmp_path / "out"), *overrides, *option])
+    assert result.exit_code == 0
+    train, *_ = made((1, 1, 0), blend=[str(sources["a"]), str(few), str(sources["c"])])
+    notes = [line for line in train.summary if line.startswith("note: ")]
+    assert notes == [f"note: `dataset.split=95,5,0` of {count} examples leaves none for validation" for count in (3, 10)]
+    assert [line for line in result.stderr.splitlines() if line.startswith("note: ")] == (notes if printed else [])
+    chosen = CliRunner().invoke(main, ["pack", "llama_tiny", str(tmp_path / "other"), *overrides, 'dataset.split="96,4,0"'])
+    assert (chosen.exit_code, (tmp_path / "other").exists()) == (1, False)
+    assert "error: `dataset.split=96,4,0` of 3 examples leaves none for validation\n" in chosen.stderr
 
 
 def test_a_data_set_travels_without_the_rows_of_its_epochs(sources):

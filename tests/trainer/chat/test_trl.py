@@ -147,7 +147,7 @@ def test_losses_and_gradient_norms_are_those_of_trl(tp, *, packed, ranks, sums, 
     config, rows = FinetuningDatasetConfig(path=str(sums[0]), **options), EXAMPLES
     if packed:
         tokenizer = tokenizers.load(str(folder))
-        (done,) = pack(config, tmp_path / "packed", tokenizer=tokenizer, vocab_size=384)
+        (done,) = pack(config, tmp_path / "packed", tokenizer=tokenizer, vocab_size=384, note=pytest.fail)
         config, rows = FinetuningDatasetConfig(path=str(tmp_path / "packed"), **options), done.rows
         assert rows < EXAMPLES
     changes = {"train__train_iters": EPOCHS, "train__global_batch_size": rows, "train__micro_batch_size": 1, "dataset": config}

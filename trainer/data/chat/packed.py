@@ -6,7 +6,7 @@ A folder has a store (`trainer.data.chat.store`) for each split, `OUT/train`, or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import rmtree
@@ -72,11 +72,14 @@ class PackedSplit:
     reasons: tuple[str, ...]
 
 
-def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vocab_size: int) -> list[PackedSplit]:
+def pack(
+    config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vocab_size: int, note: Callable[[str], None]
+) -> list[PackedSplit]:
     """Write the tokens of all examples, and rows packed by best-fit decreasing, into the folder `out`, one subfolder per split.
 
-    A run reads the folder as `dataset.path`, and mixes several sources by the weights of `dataset.blend`. Raises UserError if
-    `out` exists or an example cannot be used.
+    A run reads the folder as `dataset.path`, and mixes several sources by the weights of `dataset.blend`. `note` takes a line for
+    each source and split that the default shares leave without examples. Raises UserError if `out` exists or an example cannot
+    be used.
     """
     out, config = Path(expanded(out)), replace(config)
     paths.expand_section(config)
@@ -91,7 +94,7 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
                 (subset, tokenized_store(subset.source, folder / "all", tokenizer, config, vocab_size))
                 for subset in subsets.of(split)
             )
-            splits.extend(_pack_split(config, subsets, split, list(tokenized), folder / split))
+            splits.extend(_pack_split(config, subsets, split, list(tokenized), folder / split, note=note))
         rmtree(folder / "all")
 
     try:
@@ -104,7 +107,13 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
 
 
 def _pack_split(
-    config: FinetuningDatasetConfig, subsets: SplitSubsets, split: str, tokenized: Sequence[tuple[Subset, Store]], folder: Path
+    config: FinetuningDatasetConfig,
+    subsets: SplitSubsets,
+    split: str,
+    tokenized: Sequence[tuple[Subset, Store]],
+    folder: Path,
+    *,
+    note: Callable[[str], None],
 ) -> Iterator[PackedSplit]:
     """Write the sources of a split that have examples for it, and yield what was written."""
     parts = []
@@ -113,7 +122,7 @@ def _pack_split(
         if len(numbers):
             parts.append((subset.source, stored, numbers))
         else:
-            empty_split(split, config, len(stored))
+            note(empty_split(split, config, len(stored)))
     weights = subsets.weights if split == "train" else None
     for number, (name, (_, stored, numbers)) in enumerate(zip(unique_names([part[0] for part in parts]), parts, strict=True)):
         description = {"source": name, "sources": len(parts), "weight": weights[number] if weights and len(parts) > 1 else None}
