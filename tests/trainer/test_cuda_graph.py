@@ -32,7 +32,8 @@ def folders(tmp_path_factory):
 
 
 def resolved(folder: Any, device: str = "gpu", world_size: int = 1, **changes: Any) -> Any:
-    settings = small.settings(folder, **{**GRAPH, "mixed_precision": "bf16_mixed", "dist__device": device, **changes})
+    told = {**GRAPH, "mixed_precision": "bf16_mixed", "dist__device": device, "dataset": small.FixedTokens(256, 128)}
+    settings = small.settings(folder, **{**told, **changes})
     return resolve(settings, world_size=world_size, device=device, machine=HOPPER if device == "gpu" else None).config
 
 
@@ -49,6 +50,7 @@ def resolved(folder: Any, device: str = "gpu", world_size: int = 1, **changes: A
         ),
         ({"mixed_precision": "bf16_with_fp8_current_scaling_mixed"}, "`mixed_precision=bf16_with_fp8_current_scaling_mixed`"),
         ({"mixed_precision": "fp16_mixed"}, "`mixed_precision=fp16_mixed`"),
+        ({"dataset": small.FixedTokens(256, 96)}, "`dataset.sequence_length=96`"),
         ({"ddp__check_for_nan_in_grad": True}, "`ddp.check_for_nan_in_grad=True`"),
     ],
 )
