@@ -154,7 +154,7 @@ def test_a_captured_run_resumes_to_the_bit(ranks, folders, tmp_path):
     (whole,) = ranks.run(train, 1, path, told)
     saved = {**told, "checkpoint__save": str(tmp_path / "run")}
     (first,) = ranks.run(train, 1, path, {**saved, "train__exit_interval": 3})
-    (second,) = ranks.run(train, 1, path, saved)
+    (second,) = ranks.run(train, 1, path, {**saved, "checkpoint__load": saved["checkpoint__save"]})
     assert first.losses + second.losses == whole.losses
     assert first.grad_norms + second.grad_norms == whole.grad_norms
 

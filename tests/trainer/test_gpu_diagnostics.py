@@ -77,7 +77,7 @@ def test_memory_is_written_when_it_is_full_also_outside_the_steps_that_are_recor
     written = {path.name: path for path in (tmp_path / "profile").iterdir()}
     assert set(written) == {"out-of-memory-rank0.pickle", *(["memory-rank0.pickle"] if step > 3 else [])}
     snapshot = pickle.loads(written["out-of-memory-rank0.pickle"].read_bytes())
-    (events,) = (trace for trace in snapshot["device_traces"] if trace)
+    events = max(snapshot["device_traces"], key=len)  # of this process's GPU
     assert [event["size"] for event in events if event["action"] == "alloc"][-1] == 2**24
     assert [event["size"] for event in events if event["action"] == "oom"] == [2**44]
 
