@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests import megatron_cpu, models
+from tests import megatron_cpu, models, quick_cases
 from tests.ranks import Ranks
 from tests.servers import HOST
 
@@ -18,6 +18,12 @@ hypothesis.settings.load_profile("no deadline")
 
 SECRET = "s3cr3t-t0ken"
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave most cases of tests that take long to `make test-slow`, before `-m` chooses among them."""
+    quick_cases.mark_others_slow(config, items)
 
 
 @pytest.fixture(scope="session")

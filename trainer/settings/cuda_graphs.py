@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.config import is_packed
-from trainer.settings.checks import CP, EP, ETP, PP, TP, parallel_size
 from trainer.settings.rules import Rule, enforce
 
 SETTING = "model.cuda_graph_impl"
@@ -22,13 +21,13 @@ _ALIGNED = 8
 """Rows of an adapter's matrices in bf16, of which torch's grouped product takes multiples."""
 
 
-def check(config: Any) -> None:
-    """Raise UserError where `model.cuda_graph_impl` is set and the run cannot have it."""
+def check(config: Any, *, world_size: int) -> None:
+    """Raise UserError where `model.cuda_graph_impl` is set and a run of `world_size` processes cannot have it."""
     if getattr(config.model, "cuda_graph_impl", "none") != "none":
-        enforce(_rules(config))
+        enforce(_rules(config, world_size))
 
 
-def _rules(config: Any) -> Iterator[Rule]:
+def _rules(config: Any, world_size: int) -> Iterator[Rule]:
     model, leave = config.model, f"leave `{SETTING}` out"
     message = f"`{SETTING}` is `{model.cuda_graph_impl}`"
     yield (
@@ -37,7 +36,7 @@ def _rules(config: Any) -> Iterator[Rule]:
         f"set `{SETTING}=full_iteration`, or leave it out",
     )
     for name, why in (
-        *_parallel(model),
+        *_parallel(world_size),
         *_random(config),
         *_precision(config),
         *_rows(config),
@@ -47,10 +46,9 @@ def _rules(config: Any) -> Iterator[Rule]:
         yield True, f"{message}, which does not go with {name}: {why}", f"{leave}, or change the other"
 
 
-def _parallel(model: Any) -> Iterator[tuple[str, str]]:
-    for axis in (PP, CP, EP):
-        if parallel_size(model, axis) > 1:
-            yield f"`model.{axis}={parallel_size(model, axis)}`", "ranks exchange messages whose sizes the CPU decides"
+def _parallel(world_size: int) -> Iterator[tuple[str, str]]:
+    if world_size > 1:
+        yield f"`{world_size}` processes", "the messages of several GPUs were not tried in a graph"
 
 
 def _random(config: Any) -> Iterator[tuple[str, str]]:
@@ -80,7 +78,6 @@ def _others(config: Any) -> Iterator[tuple[str, str]]:
     for section, name, why in (
         ("model", "mtp_num_layers", "the losses of layers of multi-token prediction were not tried"),
         ("model", "cpu_offloading", "activations on their way to the CPU were not tried"),
-        ("ddp", "overlap_grad_reduce", "hooks on the CPU start messages between ranks"),
         ("ddp", "check_for_nan_in_grad", "the CPU looks at gradients within the step"),
         ("ddp", "check_for_large_grads", "the CPU looks at gradients within the step"),
     ):
@@ -102,5 +99,3 @@ def _experts(config: Any) -> Iterator[tuple[str, str]]:
             yield f"`model.{name}={value}`", "the CPU needs the numbers of tokens of each expert"
     if (kind := getattr(model, "moe_token_dispatcher_type", "alltoall")) != "alltoall":
         yield f"`model.moe_token_dispatcher_type={kind}`", "the CPU needs the numbers of tokens of each expert"
-    if (getattr(model, ETP, None) or parallel_size(model, TP)) > 1:
-        yield "experts on several tensor-parallel ranks", "the CPU needs the numbers of tokens that they exchange"

@@ -105,11 +105,8 @@ def _check_pipeline(pipeline: int, virtual: int, *, overlap: bool | None, batch:
 
 
 def _data(config: Any, ranks: int, device: str) -> list[Default]:
-    captured = getattr(config.model, "cuda_graph_impl", "none") != "none"
-    useful, why = ranks > 1 and device != CPU and not captured, f"{ranks} ranks reduce gradients"
-    if captured:
-        why = "hooks on the CPU would start messages within a CUDA graph"
-    elif not useful:
+    useful, why = ranks > 1 and device != CPU, f"{ranks} ranks reduce gradients"
+    if not useful:
         why = "there is nothing to overlap with on a CPU" if ranks > 1 else "one rank alone has its gradients"
     reduce = _requested(config, "overlap_grad_reduce", part="ddp")
     reduce = useful if reduce is None else reduce

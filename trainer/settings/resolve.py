@@ -85,7 +85,7 @@ def resolve(
     if run.train.num_epochs is None or steps is not None:
         checks.check_schedule(run.scheduler, run.optimizer)
     contradictions.check(run.model, run.ddp, mixed_precision=run.mixed_precision)
-    cuda_graphs.check(run)
+    cuda_graphs.check(run, world_size=world_size)
     checks.check_saving(run.checkpoint)
     defaults += apply_defaults(run, _save_intervals(run.checkpoint))
     defaults += _finalize(run, machine)
