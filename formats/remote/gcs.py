@@ -136,7 +136,7 @@ class GoogleStorage(StoreBase):
             if response.status == 404:
                 return None
             check_allowed(response, self.label, hint=_LOGIN)
-            return json.loads(response.body())
+            return _document(response)
 
     def _url(self, what: str, **query: str) -> str:
         return f"{self._access.endpoint}/storage/v1/b/{self._bucket}/{what}?{urlencode(query)}"
@@ -170,6 +170,14 @@ class Access:
     def close(self) -> None:
         if self._session:
             self._session.close()
+
+
+def _document(response: Response) -> Mapping[str, Any]:
+    """Return the JSON object of an answer. One whose headers were cut off says no length, and has no whole body."""
+    try:
+        return json.loads(response.body())
+    except ValueError:
+        raise RetryableError("the answer is not a whole JSON document") from None
 
 
 def _credentials() -> Any:

@@ -148,6 +148,8 @@ def _statuses(listed: Any) -> Iterator[tuple[str, Status]]:
 
 
 def _parsed(body: bytes, label: str) -> Any:
+    if not body:
+        raise RetryableError("the answer is empty")
     try:
         return json.loads(body)
     except ValueError:

@@ -57,6 +57,8 @@ class S3(StoreBase):
             if status_of(error) == 404:
                 return None
             raise user_error(error, f"{self.label}/{path}") from None
+        if "ContentLength" not in reply or "ETag" not in reply:
+            raise RetryableError("the answer about an object was cut off")
         return Status(int(reply["ContentLength"]), str(reply["ETag"]), sha256=_whole_sha256(reply))
 
     def fetch(self, path: str, status: Status, offset: int, out: memoryview) -> None:
@@ -141,6 +143,8 @@ class S3(StoreBase):
                 pages.append(self.client.list_objects_v2(Bucket=self.bucket, **arguments, **more))
             except Exception as error:
                 raise user_error(error, self.label) from None
+            if "IsTruncated" not in pages[-1]:  # which each list says, and one without a body does not
+                raise RetryableError("the list of objects was cut off")
             following = pages[-1].get("NextContinuationToken")
             more = {"ContinuationToken": following} if following else {}
         return pages

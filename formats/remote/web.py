@@ -63,6 +63,8 @@ class Web(StoreBase):
                 return None
             self._check_allowed(response, path)
             size = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.header("Content-Range"))
+            if not size and response.status == 206:
+                raise RetryableError("the answer was cut off")
             if not size:
                 raise UserError(f"the server of `{self.label}` does not answer by byte range", hint=_NO_RANGES)
             return Status(int(size[1]), *tag_of(response))

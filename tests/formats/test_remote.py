@@ -74,6 +74,21 @@ def test_dropped_connections_are_taken_up_where_they_broke(place: Place, files: 
     folder.close()
 
 
+@pytest.mark.parametrize("after", [20, 100, 200])
+def test_lists_and_sizes_that_are_cut_off_in_the_headers_are_asked_for_again(
+    place: Place, files: dict[str, bytes], after: int
+) -> None:
+    folder = place.open()
+    place.cutter.cut(2, after=after)
+    assert BIG in folder.files()
+    later = place.open()
+    place.cutter.cut(2, after=after)
+    assert later.size(BIG) == len(files[BIG])
+    assert later.get("config.json") == files["config.json"]
+    folder.close()
+    later.close()
+
+
 def test_connections_that_never_hold_are_an_error_that_names_file_and_range(place: Place) -> None:
     folder = place.open(RetryPolicy(attempts=3, first=0.001, longest=0.001, silence=60))
     folder.size(BIG)
