@@ -224,12 +224,8 @@ def _with_sizes(value: Any, sizes: Mapping[str, int], settings: Mapping[str, Any
     """Return a field of the common state with the new sizes: of Megatron-LM's `args` and of mbtrain's record."""
     match value:
         case Record(state={**fields}):
-            return Record(
-                value.kind,
-                value.args,
-                {**fields, **{name: settings[name] for name in settings if name in fields}},
-                value.made_by_call,
-            )
+            # Fields that an older `args` has not, too: Megatron-LM asks for random states unless `no_save_rng` says otherwise.
+            return Record(value.kind, value.args, {**fields, **settings}, value.made_by_call)
         case {"layout": {**before}, **fields}:
             now = {"TP": sizes["tp"], "PP": sizes["pp"], "EP": sizes.get("ep", 1), "ETP": sizes.get("etp", sizes["tp"])}
             return {**fields, "layout": {**before, **now}, "optimizer": "DistributedOptimizer", "random_states": rng}
