@@ -68,6 +68,17 @@ def rows(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return {name: codes, f"{name}_scale": grid, f"{name.removesuffix('weight')}input_scale": torch.ones(1)}, plain
 
 
+def one_scale(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    codes, grid, plain = fp8(weight, tuple(weight.shape))
+    return {name: codes, f"{name}_scale": grid.reshape(1)}, plain
+
+
+def compressed_blocks(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    codes, grid, _ = fp8(weight, (32, 32))
+    grid = grid.bfloat16()
+    return {name: codes, f"{name}_scale": grid}, (codes.float() * spread(grid.float(), *weight.shape, (32, 32))).bfloat16()
+
+
 def packed(codes: torch.Tensor) -> torch.Tensor:
     """Return 4-bit codes in int32 words, eight along the last axis."""
     grouped = codes.reshape(codes.shape[0], -1, 8).long() << torch.arange(0, 32, 4)
@@ -119,6 +130,7 @@ def _compressed(kind: str, **weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": kind, "config_groups": groups, "ignore": ["lm_head"]}
 
 
+_FP8 = {"num_bits": 8, "type": "float"}
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}
 
 SCHEMES: dict[str, tuple[Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor]], dict[str, Any]]] = {
@@ -126,7 +138,12 @@ SCHEMES: dict[str, tuple[Callable[[str, torch.Tensor], tuple[Tensors, torch.Tens
     "blocks, ue8m0": (blocks_ue8m0, {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0"}),
     "Mistral's": (mistral, {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}),
     "Mistral's own names": (mistral_native, {"quant_method": "fp8", "weight_block_size": None}),
-    "rows": (rows, _compressed("float-quantized", num_bits=8, type="float", strategy="channel")),
+    "rows": (rows, _compressed("float-quantized", **_FP8, strategy="channel")),
+    "one scale": (one_scale, _compressed("float-quantized", **_FP8, strategy="tensor")),
+    "compressed-tensors' blocks": (
+        compressed_blocks,
+        _compressed("float-quantized", **_FP8, strategy="block", block_structure=[32, 32]),
+    ),
     "int4": (int4, _compressed("pack-quantized", **_INT4, symmetric=True)),
     "int4 by row": (int4_rows, _compressed("pack-quantized", **{**_INT4, "strategy": "channel"}, symmetric=True)),
     "int4 with zero points": (int4_zero_points, _compressed("pack-quantized", **_INT4, symmetric=False)),

@@ -17,6 +17,7 @@ from tests import quantized_models
 from tests.converter.family_suite import save_small
 from tests.interrupted import PIECE_BYTES, Conversion, journaled
 from tests.models import model_tree
+from tests.quantized import SCHEMES, quantize
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -74,6 +75,51 @@ def test_other_schemes_come_back_as_the_same_bytes(tmp_path, scheme):
     hf_to_mcore(made, tmp_path / "m", tp=2, verify=True)
     mcore_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
     assert model_tree(tmp_path / "back") == model_tree(made)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A small Qwen3 in bf16."""
+    return save_small("qwen3", tmp_path_factory.mktemp("qwen") / "hf")
+
+
+EACH = [scheme for scheme in SCHEMES if scheme != "mxfp4"]
+"""Of linear weights, as their publishers write them."""
+
+
+@pytest.mark.parametrize("scheme", EACH)
+def test_each_scheme_comes_back_as_the_same_bytes(qwen, tmp_path, scheme):
+    made = quantize(qwen, tmp_path / "hf", scheme)
+    hf_to_mcore(made, tmp_path / "m", tp=2, verify=True)
+    assert not kept(tmp_path / "m")
+    mcore_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
+    assert model_tree(tmp_path / "back") == model_tree(made)
+
+
+@pytest.mark.parametrize("scheme", EACH)
+def test_scales_of_zero_and_codes_that_are_no_number_come_back_in_each_scheme(qwen, tmp_path, scheme):
+    made = quantize(qwen, tmp_path / "hf", scheme)
+    codes = GATE + "_packed" * scheme.startswith("int4")
+
+    def change(tensors):
+        own = [name for name in tensors if name.startswith(GATE.removesuffix("weight"))]
+        (scales,) = (name for name in own if name.endswith(("weight_scale_inv", "weight_scale", "qscale_weight")))
+        tensors[scales] = tensors[scales].copy()
+        tensors[scales].reshape(-1)[0] = 0  # of ue8m0, 2 to the power of -127
+        if tensors[codes].dtype == E4M3:
+            tensors[codes].view(np.uint8)[-1, -3:] = [0x7F, 0xFF, 0x80]  # two that are no number, and -0
+
+    quantized_models.edit(made, change)
+    hf_to_mcore(made, tmp_path / "m", tp=2, verify=True)
+    assert kept(tmp_path / "m") == [f"{codes}.as_stored"]
+    mcore_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
+    assert model_tree(tmp_path / "back") == model_tree(made)
+
+
+def kept(checkpoint):
+    """The names of codes that travel as they were stored."""
+    extras = quantized_models.load(checkpoint / "iter_0000000" / "huggingface" / "extras.safetensors")
+    return [name for name in extras if name.endswith(".as_stored")]
 
 
 def test_codes_that_nothing_else_gives_back_travel(copy, tmp_path):

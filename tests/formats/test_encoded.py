@@ -82,6 +82,12 @@ def fp8(rows, columns, block, grid, *, dtype=E4M3, plain=BF16, without=()):
     return quantized(codes.view(dtype), scale, Fp8("FP8", dtype, block, grid), dtype=plain)
 
 
+def ue8m0():
+    """Every code under powers of 2, stored as exponents."""
+    scale = np.arange(10, 245, dtype=np.uint8)[:, None]
+    return quantized(all_codes(235, 256, groups=235).view(E4M3), scale, Fp8("FP8", E4M3, (1, 256), (235, 1)))
+
+
 def mxfp4(exponents):
     """Each byte under each scale: a row for each."""
     blocks = np.stack([DRAWN.permutation(256) for _ in exponents]).astype(np.uint8).reshape(1, -1, 16, 16)
@@ -111,7 +117,8 @@ MADE = {
     "short rows": lambda: fp8(3840, 256, (1, 256), (3840, 1)),
     "a vector of rows": lambda: fp8(384, 256, (1, 256), (384,)),
     "one scale": lambda: fp8(128, 256, (128, 256), ()),
-    "fp16": lambda: fp8(256, 256, (128, 128), (2, 2), plain=np.dtype(np.float16), without=(0x7F, 0xFF)),
+    "ue8m0": ue8m0,
+    "fp16": lambda: fp8(256, 256, (128, 128), (2, 2), plain=np.dtype(np.float16)),
     "mxfp4": lambda: mxfp4(np.arange(0, 252)),
     "int4": lambda: int4(512, 256, 32, BF16),
     "int4 in fp16": lambda: int4(512, 256, 64, np.float16),
@@ -151,7 +158,8 @@ def tiny_scale(raw):
     ("name", "damage"),
     [
         ("blocks", zero_scale), ("blocks", tiny_scale), ("short rows", zero_scale), ("one scale", tiny_scale),
-        ("fp16", zero_scale), ("int4", zero_scale), ("int4 in fp16", zero_scale),
+        ("one scale", zero_scale), ("a vector of rows", zero_scale), ("ue8m0", zero_scale), ("fp16", zero_scale),
+        ("int4", zero_scale), ("int4 in fp16", zero_scale), ("int4 with zero points", zero_scale),
     ],
 )  # fmt: skip
 def test_codes_that_numbers_and_scales_do_not_tell_are_kept(name, damage):
