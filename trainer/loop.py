@@ -157,6 +157,7 @@ def train_step(run: Run) -> Step:
         memory_gib=synced.memory_gib,
         layer_metrics=layers.means,
         per_layer=layers.layers,
+        expert_loads=layers.loads,
     )
 
 

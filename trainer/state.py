@@ -82,6 +82,7 @@ class Step:
     """What layers report: see `trainer.logging.records.Step`."""
 
     per_layer: Mapping[str, list[float]] = MappingProxyType({})
+    expert_loads: Sequence[list[float]] = ()
 
 
 @dataclass

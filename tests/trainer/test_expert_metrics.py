@@ -130,8 +130,12 @@ def test_each_layers_numbers_are_logged_on_request(ranks, tmp_path):
             assert values[0] == 0.0
             assert all(value > 0 for value in values[1:])
             assert step["layer_metrics"][name] == reported[name] == pytest.approx(sum(values) / 3)
+        assert step["expert_loads"][0] == [0.0] * 4
+        assert [max(loads) for loads in step["expert_loads"]] == pytest.approx(step["per_layer"]["max_expert_load"], abs=1e-4)
     assert [len(step["per_layer"]["z_loss"]) for step in lines(tmp_path / "two")] == [4] * STEPS
     assert all(step["per_layer"]["z_loss"][3] > 0 for step in lines(tmp_path / "two"))
+    assert all([sum(loads) for loads in step["expert_loads"]] == pytest.approx([0, 4, 4, 4], abs=1e-3)
+               for step in lines(tmp_path / "two"))  # fmt: skip
 
 
 @dataclass
@@ -171,11 +175,15 @@ def test_tokens_that_experts_have_no_room_for_are_counted(padded, ranks):
     assert dropped > 0
 
 
-def test_loads_are_those_of_the_steps_tokens_whatever_is_recomputed_or_evaluated(ranks):
+def test_loads_are_those_of_the_steps_tokens_whatever_is_recomputed_or_evaluated(ranks, tmp_path):
     recomputed = {"model.recompute_granularity": "selective", "model.recompute_modules": ["moe"]}
-    (plain,) = ranks.run(choose, 1, MOE)
+    listed = {"model.moe_per_layer_logging": True, "logger.run_dir": str(tmp_path)}
+    (plain,) = ranks.run(choose, 1, {**MOE, **listed})
     (again,) = ranks.run(choose, 1, {**MOE, **recomputed})
     loads = torch.stack(plain.microbatches[: 4 * 2]).view(4, 2, 4).sum(0)
     assert plain.layers[0]["max_expert_load"] == pytest.approx((loads.amax(1) / loads.float().mean(1)).mean().item())
+    (step,) = lines(tmp_path)
+    over_the_mean = loads / loads.float().mean(1, keepdim=True)
+    torch.testing.assert_close(torch.tensor(step["expert_loads"]), over_the_mean, rtol=0, atol=1e-4)
     assert again.layers == plain.layers
     assert "dropped_tokens" not in plain.layers[0]

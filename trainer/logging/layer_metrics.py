@@ -29,6 +29,9 @@ class LayerMetrics(NamedTuple):
     layers: dict[str, list[float]]
     """The same layer by layer, with 0 for layers without experts; empty unless `model.moe_per_layer_logging` is set."""
 
+    loads: Sequence[list[float]] = ()
+    """`[layers, experts]`: the tokens of each expert over the mean of its layer's; empty likewise."""
+
 
 def counter(chunks: Sequence[Any], config: Any) -> LayerCounter | None:
     """Return what counts a model's layers; None for a model without experts and without multi-token prediction."""
@@ -72,13 +75,16 @@ class LayerCounter:
         layers = {name: step[name] * scale / microbatches for name, scale in self._scales().items()}
         if not self._config.num_moe_experts:
             return LayerMetrics(self._predicted(step, microbatches), {})
-        layers["max_expert_load"] = _largest_loads(step["tokens"])
+        loads = _loads(step["tokens"])
+        layers["max_expert_load"] = loads.amax(dim=1)
         with_experts = int((step["tokens"].sum(dim=1) > 0).sum())
         means = {name: values.sum().item() / max(with_experts, 1) for name, values in layers.items()}
         if self._config.moe_expert_capacity_factor is not None:
             means["dropped_tokens"] = 1 - (step["tokens"].sum() / step["assigned"].clamp(min=1)).item()
-        listed = {name: values.tolist() for name, values in layers.items()} if self._config.moe_per_layer_logging else {}
-        return LayerMetrics({**means, **self._predicted(step, microbatches)}, listed)
+        means |= self._predicted(step, microbatches)
+        if not self._config.moe_per_layer_logging:
+            return LayerMetrics(means, {})
+        return LayerMetrics(means, {name: values.tolist() for name, values in layers.items()}, loads.tolist())
 
     def _losses(self) -> Numbers:
         """Return what this rank's layers added up, with zeros for what only other ranks have."""
@@ -125,7 +131,6 @@ def _summed(numbers: Numbers) -> Numbers:
     return {name: part.view_as(values) for (name, values), part in zip(numbers.items(), parts, strict=True)}
 
 
-def _largest_loads(tokens: torch.Tensor) -> torch.Tensor:
-    """Return the tokens of each layer's busiest expert over the mean of its experts, from `[layers, experts]`; 0 for layers
-    without experts."""
-    return tokens.amax(dim=1) / tokens.mean(dim=1).clamp(min=1e-9)
+def _loads(tokens: torch.Tensor) -> torch.Tensor:
+    """Return the tokens of each expert over the mean of its layer's, `[layers, experts]`; 0 for layers without experts."""
+    return tokens / tokens.mean(dim=1, keepdim=True).clamp(min=1e-9)

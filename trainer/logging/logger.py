@@ -93,6 +93,7 @@ class RunLogger:
             memory_gib=step.memory_gib,
             loss_scale=step.loss_scale,
             per_layer=step.per_layer,
+            expert_loads=step.expert_loads,
         )
 
     def evaluation(self, progress: Any, split: str, loss: float) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -181,6 +181,7 @@ class Measure:
         waited: float = 0.0,
         loss_scale: float | None = None,
         per_layer: Mapping[str, list[float]] = MappingProxyType({}),
+        expert_loads: Sequence[list[float]] = (),
     ) -> Step:
         """Return the record of an interval up to step `iteration`, whose last `timed_steps` took `seconds`, `waited` for data."""
         assert interval.steps >= timed_steps > 0, "an interval without steps"
@@ -207,6 +208,7 @@ class Measure:
             device=self.device,
             layer_metrics=interval.layer_metrics,
             per_layer=dict(per_layer),
+            expert_loads=[[round(load, 4) for load in layer] for layer in expert_loads],
         )
 
 

@@ -85,6 +85,9 @@ class Step:
     """Of the last step, the same of each layer, if `model.moe_per_layer_logging` is set; layers of multi-token prediction are the
     last."""
 
+    expert_loads: list[list[float]] = field(default_factory=list)
+    """Likewise, `[layers, experts]`: the tokens of each expert over the mean of its layer's, to four decimals."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
