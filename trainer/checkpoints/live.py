@@ -28,6 +28,7 @@ from converter.dequantization import dequantized
 from converter.nemo_config import settings_of
 from converter.plan import Piece, TensorPlan, as_stored, list_names
 from converter.planner import Plan, to_megatron
+from converter.recognize import refuse_unfit
 from converter.run import PieceBuffers
 from converter.side_files import config_of
 from converter.sources import open_source
@@ -171,13 +172,14 @@ def settings_changed(chunks: Sequence[Any], resumed: Path) -> list[str]:
 def plan_of(reader: HuggingFaceReader) -> Plan:
     """Return the plan that makes a Megatron model without padding from a directory's tensors, as plain numbers."""
     config = config_of(reader)
-    return _plan(dequantized(reader, config), config)
+    return _plan(dequantized(reader, config), config, label=reader.folder.label)
 
 
-def _plan(reader: Reader, config: Mapping[str, Any], layout: str | None = None) -> Plan:
-    family = families.find(config.get("model_type"), layout).rooted(reader.specs)
+def _plan(tensors: Reader, config: Mapping[str, Any], layout: str | None = None, *, label: str) -> Plan:
+    family = families.find(config.get("model_type"), layout).rooted(tensors.specs)
     model, passing = make_model(family.CONFIG, config), family.PASSTHROUGH_PREFIXES
-    return to_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype="keep", passing=passing)
+    refuse_unfit(tensors.specs, config, family, model, label=label)
+    return to_megatron(family.RULES, family.EXTRAS, model, tensors.specs, dtype="keep", passing=passing)
 
 
 def _from_huggingface(reader: HuggingFaceReader, layout: str | None) -> tuple[Reader, dict[str, TensorPlan]]:
@@ -185,7 +187,7 @@ def _from_huggingface(reader: HuggingFaceReader, layout: str | None) -> tuple[Re
     those that must be equal, which all ranks would read whole."""
     config = config_of(reader)
     tensors = dequantized(reader, config)
-    plan = _plan(tensors, config, layout)
+    plan = _plan(tensors, config, layout, label=reader.folder.label)
 
     def compare() -> None:
         for name, other in plan.equal:
