@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class RunLogger:
     def _record(
         self, progress: Any, step: Any, interval: Interval, *, seconds: float, timed_steps: int, waited: float
     ) -> records.Step:
-        return self.measure.step(
+        record = self.measure.step(
             interval,
             iteration=progress.iteration,
             seconds=seconds,
@@ -92,9 +92,9 @@ class RunLogger:
             consumed_tokens=progress.consumed_samples * self.sequence_length,
             memory_gib=step.memory_gib,
             loss_scale=step.loss_scale,
-            per_layer=step.per_layer,
-            expert_loads=step.expert_loads,
         )
+        loads = [[round(load, 4) for load in layer] for layer in step.expert_loads]
+        return replace(record, per_layer=dict(step.per_layer), expert_loads=loads)
 
     def evaluation(self, progress: Any, split: str, loss: float) -> None:
         """Log the loss of an evaluation."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -180,8 +180,6 @@ class Measure:
         memory_gib: float,
         waited: float = 0.0,
         loss_scale: float | None = None,
-        per_layer: Mapping[str, list[float]] = MappingProxyType({}),
-        expert_loads: Sequence[list[float]] = (),
     ) -> Step:
         """Return the record of an interval up to step `iteration`, whose last `timed_steps` took `seconds`, `waited` for data."""
         assert interval.steps >= timed_steps > 0, "an interval without steps"
@@ -207,8 +205,6 @@ class Measure:
             loss_scale=loss_scale,
             device=self.device,
             layer_metrics=interval.layer_metrics,
-            per_layer=dict(per_layer),
-            expert_loads=[[round(load, 4) for load in layer] for layer in expert_loads],
         )
 
 
