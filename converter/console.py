@@ -22,8 +22,8 @@ from converter.memory import peak_memory, resident_memory
 from converter.ranks import from_environment, waiting
 from formats.disk import free_bytes
 from formats.json_objects import finite
-from formats.location import is_remote
 from formats.rank_folders import FILE as RANK_FILE
+from formats.urls import is_remote
 
 if TYPE_CHECKING:
     from converter.comparison import Comparison

@@ -14,10 +14,10 @@ from mmap import mmap
 from typing import Any, Protocol, cast
 
 from formats.errors import UserError
-from formats.location import without_secrets
 from formats.remote.http import PASSING, seconds
 from formats.remote.retry import RetryableError, RetryPolicy, fill, words
 from formats.remote.store import Status, StoreBase, changed, optional_import, refused, resized
+from formats.urls import without_secrets
 
 type Reply = Mapping[str, Any]
 
