@@ -299,7 +299,7 @@ def _family(family: Family) -> dict[str, Any]:
 
 
 def show_families(*, every: bool = False, as_json: bool = False) -> None:
-    """The support matrix: the directory of families, listed; with `every`, the reasons for other model types too."""
+    """Print the support matrix: every file in the directory of families; with `every`, the reasons for other model types too."""
     from converter import families  # noqa: PLC0415
     from converter.unsupported_families import REASONS  # noqa: PLC0415
 
