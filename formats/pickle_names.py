@@ -82,8 +82,8 @@ _OF_PYTHON = sys.stdlib_module_names | _words(
 
 
 def may_run(module: str, name: str) -> bool:
-    """Return whether a name could run code. True for names of the standard library, directly or as another module's attribute, and for special
-    methods."""
+    """Return whether a name could run code. True for names of the standard library, directly or as another module's attribute,
+    and for special methods."""
     if name in _DATA_OF_PYTHON.get(module, ()):
         return False
     *owners, _ = parts = name.split(".")

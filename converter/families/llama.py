@@ -17,7 +17,7 @@ def untied(model: Model, _indices: Indices) -> bool:
 
 
 def biased(model: Model, _indices: Indices) -> bool:
-    """megatron-core has one switch, `add_bias_linear`, for what Hugging Face switches separately."""
+    """Return whether any linear layer has biases: megatron-core has one switch, `add_bias_linear`, Hugging Face two."""
     return model.attention_bias or model.mlp_bias
 
 

@@ -283,7 +283,7 @@ class FileUpload:
 
 
 def part_size(size: int) -> int:
-    """Return the bytes of a part of a file of that size: 8 MiB, or more where the number of parts would pass the services' limit."""
+    """Return the bytes of a part of a file of that size: 8 MiB, or more where there would be too many parts for the services."""
     return max(PART_BYTES, -(-size // _MOST_PARTS // PART_BYTES) * PART_BYTES)
 
 
