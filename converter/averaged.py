@@ -36,7 +36,7 @@ class Input:
 
 
 def is_averaged(spec: TensorSpec) -> bool:
-    """Is a tensor summed? Those of other dtypes, such as integers, have to be equal."""
+    """Return whether a tensor is summed. Those of other dtypes, such as integers, have to be equal."""
     return spec.dtype in _FLOATS
 
 

@@ -1,5 +1,6 @@
-"""What a model that comes quantized carries beside its plain weights, so that the same bytes can be written again: its scales and
-the like, and those codes that numbers and scales do not determine.
+"""Side tensors of a quantized source: its scales, and the codes that numbers and scales do not determine.
+
+A checkpoint stores them next to the dequantized weights, so that an export can write the same bytes again.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from formats.quantized.scheme import QuantizedWeight
 from formats.spec import Reader, RenamedReader
 
 
-def carried_tensors(reader: Reader, kept: Iterable[str] = ()) -> Reader | None:
-    """Return the reader of what travels beside the weights of `reader`; None if they are not quantized. `kept` are the weights
-    whose codes go along as they are."""
+def open_side_tensors(reader: Reader, kept: Iterable[str] = ()) -> Reader | None:
+    """Return a reader of the side tensors of `reader`; None if its weights are not quantized. `kept` are the weights whose codes
+    are stored unchanged."""
     if not isinstance(reader, DequantizedReader):
         return None
     codes = {stored_name(weight): weight.codes.name for weight in (reader.weights[name] for name in kept)}
-    return RenamedReader(reader.raw, {**{name: name for name in reader.carried}, **codes})
+    return RenamedReader(reader.raw, {**{name: name for name in reader.side_tensors}, **codes})
 
 
-def carried_names(weights: Mapping[str, QuantizedWeight]) -> set[str]:
-    """Return the names of all tensors that may travel beside these weights."""
-    return {name for weight in weights.values() for name in (stored_name(weight), *(spec.name for spec in weight.carried))}
+def side_tensor_names(weights: Mapping[str, QuantizedWeight]) -> set[str]:
+    """Return the names of all side tensors that these weights may have."""
+    return {name for weight in weights.values() for name in (stored_name(weight), *(spec.name for spec in weight.side_tensors))}
 
 
 def kept_weights(reader: DequantizedReader, *, workers: int) -> list[str]:

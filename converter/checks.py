@@ -22,10 +22,10 @@ from formats.dtypes import QUANTIZED
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.iterations import WRITTEN
-from formats.location import is_remote, without_secrets
 from formats.replacement import Rule
 from formats.spec import Reader, dtype_name, extent
 from formats.target import check_target
+from formats.urls import is_remote, without_secrets
 
 
 def check_execution(options: ExecutionOptions) -> None:

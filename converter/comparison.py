@@ -38,17 +38,17 @@ class CheckpointView:
     filled: Mapping[str, float] = field(default_factory=dict[str, float])
     """Stored tensors that must hold one number everywhere, as the model has none."""
 
-    carried: Collection[str] = ()
-    """Those of its tensors that travel beside dequantized weights: they are compared if the other checkpoint carries them too."""
+    side_tensors: Collection[str] = ()
+    """Its tensors that belong to dequantized weights, such as scales: compared if the other checkpoint has them too."""
 
     schemes: str = ""
     """How its weights are quantized, if they are viewed as the numbers that they mean."""
 
     def cast(self, dtype: str) -> CheckpointView:
-        """Return the same view with every tensor cast to a dtype, but for what is carried."""
+        """Return the same view with every tensor but the side tensors cast to a dtype."""
 
         def cast(tensor_plan: TensorPlan) -> TensorPlan:
-            if tensor_plan.spec.name in self.carried:
+            if tensor_plan.spec.name in self.side_tensors:
                 return tensor_plan
             return replace(tensor_plan, spec=tensor_plan.spec.cast(target_dtype(tensor_plan.spec, dtype)))
 
@@ -61,9 +61,9 @@ class CheckpointView:
         return replace(self, tensor_plans=tensor_plans)
 
     def without_scales_unless(self, other: CheckpointView) -> CheckpointView:
-        """Return the same view with those carried tensors alone that the `other` has."""
-        names = self.tensor_plans.keys() - (set(self.carried) - other.tensor_plans.keys())
-        return self.only(names) if self.carried else self
+        """Return the same view without the side tensors that the `other` lacks."""
+        names = self.tensor_plans.keys() - (set(self.side_tensors) - other.tensor_plans.keys())
+        return self.only(names) if self.side_tensors else self
 
     def with_ties_of(self, other: CheckpointView) -> CheckpointView:
         """Return the same view with those tied tensors that the `other` stores."""

@@ -22,8 +22,8 @@ from converter.memory import peak_memory, resident_memory
 from converter.ranks import from_environment, waiting
 from formats.disk import free_bytes
 from formats.json_objects import finite
-from formats.location import is_remote
 from formats.rank_folders import FILE as RANK_FILE
+from formats.urls import is_remote
 
 if TYPE_CHECKING:
     from converter.comparison import Comparison
@@ -299,7 +299,7 @@ def _family(family: Family) -> dict[str, Any]:
 
 
 def show_families(*, every: bool = False, as_json: bool = False) -> None:
-    """The support matrix: the directory of families, listed; with `every`, the reasons for other model types too."""
+    """Print the support matrix: every file in the directory of families; with `every`, the reasons for other model types too."""
     from converter import families  # noqa: PLC0415
     from converter.unsupported_families import REASONS  # noqa: PLC0415
 

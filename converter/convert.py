@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
-from converter.adapters.files import refuse_adapter, require
+from converter.adapter_files import refuse_adapter, require
 from converter.checkpoint_files import CheckpointFormat
 from converter.checks import (
     check_execution,

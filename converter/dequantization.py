@@ -285,7 +285,7 @@ def _check_ignored(weights: Iterable[QuantizedWeight], settings: Settings) -> No
 
 def _check_complete(specs: Specs, weights: Mapping[str, QuantizedWeight]) -> None:
     """Raise UserError for scales that belong to no quantized weight."""
-    known = {spec.name for weight in weights.values() for spec in (weight.codes, *weight.carried)}
+    known = {spec.name for weight in weights.values() for spec in (weight.codes, *weight.side_tensors)}
     left = [name for name in specs if name.endswith(_SCALES) and name not in known]
     if left:
         verb = "belong" if len(left) > 1 else "belongs"

@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Unpack
 
-from converter.adapters.files import refuse_adapter
+from converter.adapter_files import refuse_adapter
 from converter.averaging import AverageOptions, average_megatron, average_models
 from converter.checks import check_execution, check_locations, check_options, check_values_from
 from converter.conversion import Conversion

@@ -32,11 +32,11 @@ from formats import integrity
 from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
-from formats.location import is_remote, without_secrets
 from formats.outputs import LocalOutputs
 from formats.rendezvous import Rendezvous
 from formats.staging import Stage, check_room, check_sizes, staged, sync_tree
 from formats.target import look
+from formats.urls import is_remote, without_secrets
 
 
 def execute(

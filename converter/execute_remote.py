@@ -21,9 +21,9 @@ from converter.run import Task
 from converter.sources import check_unchanged
 from converter.worker import Worker
 from formats.errors import UserError
-from formats.location import without_secrets
 from formats.remote.outputs import RemoteOutputs
 from formats.remote.upload import Upload
+from formats.urls import without_secrets
 
 
 def upload(execution: Execution) -> None:

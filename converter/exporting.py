@@ -73,8 +73,8 @@ def plan_export(
     for text in (*casts_of_kept(plan.kept), *_left_behind(reader)):
         reporter.note(text)
     quantized = quantized_source(origin)
-    carried = {*quantized.names, *map(original_name, moved(plan.tensors))}
-    tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=carried)
+    side_tensors = {*quantized.names, *map(original_name, moved(plan.tensors))}
+    tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, side_tensors=side_tensors)
     tensor_plans, tensors = with_originals(tensor_plans, JoinedReader(reader, *extras) if extras else reader)
     if wanted.quantize:
         tensor_plans, tensors, origin, new = requantize(tensor_plans, tensors, quantized.weights, origin, wanted.quantize)

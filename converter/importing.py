@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from converter import families, prediction_layers, reference, run_config, side_files
-from converter.carried import carried_tensors, kept_weights
+from converter.carried import kept_weights, open_side_tensors
 from converter.checkpoint_files import CheckpointFormat, writer_of
 from converter.checks import check_equal
 from converter.comparison import CheckpointView
@@ -79,13 +79,13 @@ class _Import:
 
 @dataclass(frozen=True, slots=True)
 class _Beside:
-    """What travels beside the weights."""
+    """What is stored next to the weights."""
 
     reader: Reader
-    """Reads it, and the weights."""
+    """Of the side tensors and the weights."""
 
     side_files: SideFiles
-    carried: Collection[str]
+    side_tensors: Collection[str]
     """The scales of quantized weights, codes that nothing else gives back, and values that an offset rounds."""
 
 
@@ -137,14 +137,14 @@ def _recognize(source: Source, wanted: ImportOptions) -> _Import:
 
 
 def _beside(source: Source, plan: Plan, kept: Iterable[str] = ()) -> _Beside:
-    """Return what travels beside the weights; of the quantized ones in `kept`, the codes too."""
+    """Return what is stored next to the weights; of the quantized ones in `kept`, the codes too."""
     originals = {
         original_name(part.name): part.name for tensor_plan in moved(plan.tensors).values() for part in tensor_plan.parts
     }
-    beside = carried_tensors(source.reader, kept), RenamedReader(source.reader, originals)
-    carried = JoinedReader(*(side for side in beside if side))
-    reader = JoinedReader(source.reader, carried) if carried.specs else source.reader
-    names = tuple(carried.specs)
+    readers = open_side_tensors(source.reader, kept), RenamedReader(source.reader, originals)
+    side_tensors = JoinedReader(*(each for each in readers if each))
+    reader = JoinedReader(source.reader, side_tensors) if side_tensors.specs else source.reader
+    names = tuple(side_tensors.specs)
     return _Beside(reader, side_files.collect_model(source.reference, reader, (*plan.extras, *names)), names)
 
 
@@ -227,7 +227,7 @@ def _views(recognized: _Import, written: Folder, dtype: str) -> tuple[Checkpoint
     back, beside = open_megatron(written), recognized.beside
     tensor_plans = as_stored(beside.reader.specs)
     ties = tied(tensor_plans.values(), recognized.family, recognized.model)
-    source = CheckpointView(recognized.source.label, beside.reader, tensor_plans, tied=ties, carried=beside.carried)
+    source = CheckpointView(recognized.source.label, beside.reader, tensor_plans, tied=ties, side_tensors=beside.side_tensors)
     output = megatron_view(back, reference.find(back, None), zero=_padding(recognized.plan, recognized.model))
     return (source, output) if dtype == KEEP else (source.cast(dtype), output.cast(dtype))
 

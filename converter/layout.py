@@ -1,4 +1,4 @@
-"""How parallel ranks divide a model: which stage computes a layer, which boxes of a tensor a rank holds.
+"""How parallel ranks divide a model: which stage computes a layer, which shards of a tensor a rank holds.
 
 Pure arithmetic on sizes: knows no names of weights and no files.
 """
@@ -178,7 +178,7 @@ def _proposal(layers: int, count: int) -> str:
 
 
 def shards(shape: Shape, partition_dim: int | None, partition_stride: int, tp: int) -> list[tuple[Region, int]]:
-    """Return the boxes that tile a tensor, block by block, each with the tensor-parallel rank that holds it."""
+    """Return the shards that tile a tensor, block by block, each with the tensor-parallel rank that holds it."""
     whole = tuple(slice(0, size) for size in shape)
     if partition_dim is None:
         return [(whole, 0)]

@@ -10,8 +10,8 @@ from converter.conversion_plan import ConversionPlan
 from converter.plan import TensorPlan
 from converter.run import PIECE_BYTES
 from formats.arrays import contiguous_regions
-from formats.location import is_remote
 from formats.spec import extent
+from formats.urls import is_remote
 
 RUNNING_BYTES = 4 << 20
 """Bytes of threads, locks and journals: what a small conversion takes beyond planning and buffers."""

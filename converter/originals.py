@@ -1,4 +1,5 @@
-"""Weights that an offset moves, which rounds: their own values travel beside them, and come back where nothing changed them."""
+"""Weights to which an offset is added, which rounds: a checkpoint also stores their original values, and an export restores them
+where nothing changed them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from formats.spec import Array, JoinedReader, Reader, Region, extent
 
 
 def original_name(name: str) -> str:
-    """Return the name under which the values of a weight travel."""
+    """Return the name under which the original values of a weight are stored."""
     return f"{name}.as_stored"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 from converter import provenance, run_config
-from converter.adapters.files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
+from converter.adapter_files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
 from converter.side_files import CONFIG, EXTRAS, FILES, HEADERS, TOKENIZER_FILES
 from formats import integrity
 from formats.dcp_index import METADATA

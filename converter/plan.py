@@ -157,17 +157,17 @@ class Piece:
 
     def _moves_to_huggingface(self, transform: Transform) -> Iterator[Move]:
         for number, expert in self._experts(transform):
-            box = transform.rows_first(self.region, expert)
-            if box is None:
+            rows_first = transform.rows_first(self.region, expert)
+            if rows_first is None:
                 continue
-            window = intersect(transform.stored(box, expert), self.region)
+            window = intersect(transform.stored(rows_first, expert), self.region)
             assert window is not None
             into = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(window, self.region, strict=True))
-            yield from self._rows_of(number, box, into)
+            yield from self._rows_of(number, rows_first, into)
 
-    def _rows_of(self, number: int, box: Region, into: tuple[slice, ...]) -> Iterator[Move]:
-        """Yield what a part gives to a box, rows first, of what is made."""
-        part, rows, ranges = self.tensor.parts[number], box[0], self.tensor.ranges
+    def _rows_of(self, number: int, rows_first: Region, into: tuple[slice, ...]) -> Iterator[Move]:
+        """Yield what a part gives to the region `rows_first` of the tensor that is made."""
+        part, rows, ranges = self.tensor.parts[number], rows_first[0], self.tensor.ranges
         for at in range(bisect_left(ranges, number, key=_part_of), len(ranges)):
             row_range = ranges[at]
             if row_range.part != number:
@@ -175,7 +175,7 @@ class Piece:
             first = max(0, -(-(rows.start - row_range.dst_row) // row_range.step))
             last = min(row_range.rows, -(-(rows.stop - row_range.dst_row) // row_range.step))
             if first < last:
-                region = (slice(row_range.src_row + first, row_range.src_row + last), *box[1:])
+                region = (slice(row_range.src_row + first, row_range.src_row + last), *rows_first[1:])
                 start = row_range.dst_row + first * row_range.step - rows.start
                 stop = start + (last - first - 1) * row_range.step + 1
                 yield Move(part.name, part.dtype, region, into, slice(start, stop, row_range.step))

@@ -65,7 +65,7 @@ def megatron_source(root: Folder, reader: MegatronReader) -> dict[str, Any]:
 
 
 def is_untouched_import(iteration: Folder) -> bool:
-    """Does an iteration say that it is a plain import, whose values are all as they were? What is trained says nothing here."""
+    """Return whether an iteration says that it is a plain import, whose values are unchanged. A trained one says nothing here."""
     record = recorded(iteration)
     while _is_ours(record, "reshard"):
         record = _object(_object(record, "source"), "conversion")

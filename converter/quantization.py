@@ -79,7 +79,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_plain(dtypes: Collection[np.dtype[Any]]) -> bool:
-    """Are weights of these dtypes numbers as they are, without scales?"""
+    """Return whether weights of these dtypes are numbers without scales."""
     return _PLAIN.issuperset(dtypes)
 
 

@@ -119,9 +119,9 @@ def _arrays(rule: Rule, shape: Shape, holding: list[_HoldingRanks], layout: Layo
     own = tuple(size // layout.tp if axis == dim else size for axis, size in enumerate(shape))
     for tp_rank in range(layout.tp):
         regions = [region for region, rank in cut if rank == tp_rank]
-        boxes = tuple(
+        own_shards = tuple(
             (region, tuple(block * step if axis == dim else 0 for axis in range(len(shape))))
             for block, region in enumerate(regions)
         )
         holders = tuple(holder for ranks in holding for holder in ranks.holders(layout, range(tp_rank, tp_rank + 1)))
-        yield RankArray(own, boxes, holders)
+        yield RankArray(own, own_shards, holders)

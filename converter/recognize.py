@@ -98,8 +98,8 @@ def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], fam
     extras = extra_names(family.EXTRAS, model.replace(layers=1))
     passing = family.PASSTHROUGH_PREFIXES
     further = prediction_layers.further(family.RULES, bounded, specs)
-    travelling = (name in further or bool(passing and name.startswith(passing)) for name in specs)
-    stored = {_in_layer_0(name): name for name, travels in zip(specs, travelling, strict=True) if not travels}
+    unplanned = (name in further or bool(passing and name.startswith(passing)) for name in specs)
+    stored = {_in_layer_0(name): name for name, passes in zip(specs, unplanned, strict=True) if not passes}
     missing, unexpected = expected - stored.keys(), [stored[name] for name in sorted(stored.keys() - expected - head - extras)]
     refuse_quantized(specs, unexpected, config, label=label)
     if not missing and not unexpected:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from converter import families, reference
-from converter.adapters.files import DESCRIPTION
+from converter.adapter_files import DESCRIPTION
 from converter.config import make_model
 from converter.consistency import embedding_rows
 from converter.hybrid import GPT, PATTERN, layout_of

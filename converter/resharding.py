@@ -230,12 +230,12 @@ def _tensor_plan(table: Table, name: str, stored: TensorSpec, dtype: str) -> Ten
 
 
 def _with_extras(reader: MegatronReader, origin: HFReference, family: Family, model: Model) -> tuple[Reader, Shard | None]:
-    """Return a reader of the weights and of what travels beside them, and the file of the latter. Raises UserError for tensors in
-    it that are none of the model's."""
+    """Return a reader of the weights and extras, and the file of the extras. Raises UserError for extras that are not the
+    model's."""
     if not reader.folder.has(EXTRAS):
         return reader, None
-    beside, carried = HuggingFaceReader(reader.folder, files=[EXTRAS], any_dtype=True), quantized_source(origin).names
-    untouched({name: spec for name, spec in beside.specs.items() if name not in carried}, family, model)
+    beside, side_tensors = HuggingFaceReader(reader.folder, files=[EXTRAS], any_dtype=True), quantized_source(origin).names
+    untouched({name: spec for name, spec in beside.specs.items() if name not in side_tensors}, family, model)
     return JoinedReader(reader, beside), beside.shards[EXTRAS]
 
 

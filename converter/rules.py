@@ -264,7 +264,7 @@ def _format(template: str) -> str:
 
 @cache
 def alternatives(template: str) -> list[str]:
-    """`self_attn.{q,k}_proj` stands for `self_attn.q_proj` and `self_attn.k_proj`."""
+    """Return the names that a template stands for: `self_attn.{q,k}_proj` for `self_attn.q_proj` and `self_attn.k_proj`."""
     head, brace, rest = template.partition("{")
     words, _, tail = rest.partition("}")
     if not brace:
@@ -275,7 +275,7 @@ def alternatives(template: str) -> list[str]:
 
 
 def words(template: str) -> list[str]:
-    """What tells the alternatives apart: `q` and `k` of `self_attn.{q,k}_proj`; nothing where there is one name alone."""
+    """Return what tells the alternatives apart: `q` and `k` of `self_attn.{q,k}_proj`; nothing where there is one name alone."""
     _, brace, rest = template.partition("{")
     inside, _, tail = rest.partition("}")
     if not brace:
@@ -289,7 +289,7 @@ def at(model: Model, layer: int, *, mtp: int = 0) -> Indices:
 
 
 def is_layered(rule: Rule) -> bool:
-    """Is there one in each layer of the decoder?"""
+    """Return whether there is one in each layer of the decoder."""
     both = rule.megatron + rule.huggingface
     return "{mtp}" not in rule.megatron and any(f"{{{word}}}" in both for word in ("layer", "mixer", "mlp"))
 

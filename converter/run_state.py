@@ -27,7 +27,7 @@ from formats.torch_dist_writer import STATE, RunState
 _KEPT = (
     "args", "checkpoint_version", "iteration", "opt_param_scheduler", "num_floating_point_operations_so_far", "tokens", "mbtrain",
 )  # fmt: skip
-"""Fields of a common state that travel. Others are of single ranks, or of the program that wrote them."""
+"""Fields of a common state that are kept. Others belong to single ranks, or to the program that wrote them."""
 
 _OF_EXPERTS = "is_expert_parallel"
 """A hyper-parameter: is it of experts that have an optimizer of their own?"""

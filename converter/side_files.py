@@ -87,7 +87,7 @@ def _copies(files: Mapping[str, FileRef]) -> dict[str, FileRef]:
 
 
 def stored(iteration: Folder) -> dict[str, FileRef]:
-    """Return the files that travel beside the weights of an iteration, by their names there; the extras are not among them."""
+    """Return the side files of an iteration, by their names there, without the extras."""
     folders = {name: iteration.below(name) for name in _BESIDE}
     files = {f"{name}/{file}": FileRef(folder, file) for name, folder in folders.items() for file in folder.files()}
     return {name: file for name, file in files.items() if name != EXTRAS and not name.endswith("/")}

@@ -23,12 +23,13 @@ from formats.faults import fault
 from formats.folder import FileRef, Folder, LocalFolder
 from formats.home import expanded
 from formats.huggingface import HuggingFaceReader
-from formats.location import is_remote, open_folder
+from formats.location import open_folder
 from formats.machine import check_machine
 from formats.megatron_reader import MegatronReader
 from formats.quantized.reader import THREAD_BYTES
 from formats.spec import Reader
 from formats.tar import TarFolder, is_tar
+from formats.urls import is_remote
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _IGNORED = ["original/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]

@@ -52,7 +52,7 @@ def _template(megatron: str, alias: str, implementation: str) -> str:
 
 
 def grouped(implementation: str) -> bool:
-    """Are all experts of a rank one module, as Megatron-LM's `--moe-grouped-gemm` builds them?"""
+    """Return whether all experts of a rank are one module, as Megatron-LM's `--moe-grouped-gemm` builds them."""
     return implementation == TRANSFORMER_ENGINE
 
 

@@ -1,7 +1,7 @@
 """What a conversion does to a tensor beside moving rows: axes that are stored otherwise, a number that is added, a cast.
 
 Megatron's tensors are rows first. A Hugging Face tensor may be transposed, may hold all experts, and may have axes of size 1: a
-`Transform` maps boxes between both, in either direction. Pure arithmetic: knows no names and no files.
+`Transform` maps regions between both, in either direction. Pure arithmetic: knows no names and no files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Index = tuple[int | slice, ...]
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """See the module. Boxes and arrays "rows first" are those of one Megatron tensor."""
+    """Map regions and values between a Hugging Face tensor and Megatron's. "Rows first" are those of one Megatron tensor."""
 
     to_megatron: bool
     """Is the Megatron tensor the one that is made? The other one is Hugging Face's."""
@@ -55,11 +55,11 @@ class Transform:
         """Are values stored elsewhere, or otherwise, than row ranges alone say?"""
         return bool(self.transposed or self.stacked or self.ones or self.one_row or self.offset or self.widest > 1)
 
-    def stored(self, box: Region, expert: int) -> Region:
-        """Return the box of the Hugging Face tensor that a rows-first box is stored in."""
+    def stored(self, region: Region, expert: int) -> Region:
+        """Return the region of the Hugging Face tensor that stores a rows-first region."""
         if self.one_row:
-            return tuple(box[1:])
-        axes = [*box[1:], box[0]] if self.transposed else [*box]
+            return tuple(region[1:])
+        axes = [*region[1:], region[0]] if self.transposed else [*region]
         for axis in self.ones:
             axes.insert(axis, slice(0, 1))
         if self.flat:
@@ -70,7 +70,7 @@ class Transform:
         return tuple(axes)
 
     def rows_first(self, region: Region, expert: int) -> Region | None:
-        """Return the rows-first box of what a box of the Hugging Face tensor holds of an expert; None if it holds nothing."""
+        """Return the rows-first region that a region of the Hugging Face tensor holds of an expert; None if it holds nothing."""
         axes = [slice(0, 1), *region] if self.one_row else [*region]
         if self.flat:
             first = expert * self.flat

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from converter import families, prediction_layers, provenance, reference
-from converter.carried import carried_tensors, schemes
+from converter.carried import open_side_tensors, schemes
 from converter.comparison import CheckpointView
 from converter.config import make_model
 from converter.dequantization import dequantized, weights_of
@@ -123,12 +123,12 @@ def huggingface_view(
     weights as the numbers that they mean. `config`: the model's, unless given its own."""
     config = _config(reader) if config is None else config
     tensors = dequantized(reader, config) if as_numbers else translated(reader, config)
-    beside = carried_tensors(tensors)
+    beside = open_side_tensors(tensors)
     view = CheckpointView(
         reader.folder.label,
         JoinedReader(tensors, beside) if beside else tensors,
         as_stored({**tensors.specs, **(beside.specs if beside else {})}),
-        carried=beside.specs.keys() if beside else (),
+        side_tensors=beside.specs.keys() if beside else (),
         schemes=schemes(tensors.weights) if isinstance(tensors, DequantizedReader) else "",
     )
     if config.get("model_type") not in families.names():
@@ -147,14 +147,14 @@ def megatron_view(
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype, known=known)
     reader.check()
     names = {*quantized_source(origin).names, *map(original_name, moved(plan.tensors))}
-    tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=names)
+    tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, side_tensors=names)
     tensor_plans, tensors = with_originals(tensor_plans, JoinedReader(reader, *extras))
-    carried = as_stored({name: tensors.specs[name] for name in sorted(names & tensors.specs.keys())})
+    side_tensors = as_stored({name: tensors.specs[name] for name in sorted(names & tensors.specs.keys())})
     return CheckpointView(
         reader.folder.label,
         tensors,
-        {**{tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans}, **carried},
-        carried=carried.keys(),
+        {**{tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans}, **side_tensors},
+        side_tensors=side_tensors.keys(),
         tied=tied(plan.tensors, family, model),
         zero={**dict.fromkeys(plan.zero, 0), **(zero or {})},
         filled={name: value for name, value in plan.filled.items() if value},
@@ -162,10 +162,10 @@ def megatron_view(
 
 
 def with_side_files(
-    tensor_plans: Sequence[TensorPlan], family: Family, model: Model, origin: HFReference, *, carried: Collection[str] = ()
+    tensor_plans: Sequence[TensorPlan], family: Family, model: Model, origin: HFReference, *, side_tensors: Collection[str] = ()
 ) -> tuple[list[TensorPlan], list[HuggingFaceReader]]:
     """Return the plans with those of tensors that Megatron does not have, a tied output layer and extras, and the readers of
-    the extras. What is `carried` beside quantized weights has readers alone."""
+    the extras. `side_tensors` get no plans, only readers."""
     again = [
         tensor_plan
         for name, tensor_plan in tied(tensor_plans, family, model).items()
@@ -174,7 +174,7 @@ def with_side_files(
     if origin.extras is None:
         return [*tensor_plans, *again], []
     reader = HuggingFaceReader(origin.extras.folder, files=[origin.extras.name], any_dtype=True)
-    extras = {name: spec for name, spec in reader.specs.items() if name not in carried}
+    extras = {name: spec for name, spec in reader.specs.items() if name not in side_tensors}
     return [*tensor_plans, *again, *untouched(extras, family, model)], [reader]
 
 

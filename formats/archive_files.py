@@ -18,7 +18,7 @@ from formats.spec import Array, Shape
 from formats.torch_zip import DATA_ALIGNMENT, Frame
 
 
-class Box(NamedTuple):
+class Shard(NamedTuple):
     """A shard of a tensor: its offset and sizes, [dims] each, and the file that it is stored in."""
 
     starts: Shape
@@ -28,11 +28,11 @@ class Box(NamedTuple):
 
 class NewPart(NamedTuple):
     """A tensor to write, or one row of it where layers are stacked (or a row of a row, of experts), and the shards that tile it.
-    Equally sharded parts share one `boxes` object."""
+    Equally sharded parts share one `shards` object."""
 
     key: str
     rows: tuple[int, ...]
-    boxes: Sequence[Box]
+    shards: Sequence[Shard]
 
 
 class ArchiveFiles:
@@ -102,7 +102,7 @@ def append_parts(
     numbers = np.empty((2, count), np.int64)
     for group in groups:
         dtype = tensors[group.key][1]
-        numbers[0, group.numbers] = [files.file(box.file) for box in group.boxes]
+        numbers[0, group.numbers] = [files.file(shard.file) for shard in group.shards]
         numbers[1, group.numbers] = [files.frame(frame(dtype, tuple(sizes))) for sizes in group.sizes.tolist()]
     locations = files.append(numbers[0], numbers[1], alignment=DATA_ALIGNMENT)
     of_key: dict[str, list[_Group]] = {key: [] for key in tensors}
@@ -137,7 +137,7 @@ class _Group:
     """Parts of one key with the same shards. Each has the number of its first chunk among all chunks, and its `depth` rows."""
 
     key: str
-    boxes: Sequence[Box]
+    shards: Sequence[Shard]
     depth: int
     firsts: array[int] = field(default_factory=lambda: array("q"))
     rows: array[int] = field(default_factory=lambda: array("q"))
@@ -145,12 +145,12 @@ class _Group:
     @property
     def numbers(self) -> Array:
         """The numbers of the chunks, [parts, shards]."""
-        return np.array(self.firsts, np.int64)[:, np.newaxis] + np.arange(len(self.boxes))
+        return np.array(self.firsts, np.int64)[:, np.newaxis] + np.arange(len(self.shards))
 
     @property
     def sizes(self) -> Array:
         """The sizes of a part's chunks, [shards, dims]."""
-        return self._with_rows([box.sizes for box in self.boxes], 1)
+        return self._with_rows([shard.sizes for shard in self.shards], 1)
 
     def _with_rows(self, numbers: Sequence[Shape], row: int) -> Array:
         return np.array([(*(row,) * self.depth, *some) for some in numbers], np.int64).reshape(len(numbers), -1)
@@ -159,8 +159,8 @@ class _Group:
         """Return the rows of `ChunkedTensor` for the chunks, [parts, shards, stride]."""
         sizes = self.sizes
         dims = sizes.shape[1]
-        table = np.full((len(self.firsts), len(self.boxes), stride(dims)), -1, np.int64)
-        table[:, :, :dims] = self._with_rows([box.starts for box in self.boxes], 0)
+        table = np.full((len(self.firsts), len(self.shards), stride(dims)), -1, np.int64)
+        table[:, :, :dims] = self._with_rows([shard.starts for shard in self.shards], 0)
         table[:, :, : self.depth] = np.array(self.rows, np.int64).reshape(len(self.firsts), 1, self.depth)
         table[:, :, dims : 2 * dims] = sizes
         table[:, :, 2 * dims : -1] = locations[self.numbers]
@@ -171,11 +171,11 @@ def _alike(parts: Iterable[NewPart]) -> tuple[list[_Group], int]:
     """Group parts by key and shards; return the groups and the number of chunks."""
     groups: dict[tuple[str, int], _Group] = {}
     count = 0
-    for key, rows, boxes in parts:
-        group = groups.get((key, id(boxes)))
+    for key, rows, shards in parts:
+        group = groups.get((key, id(shards)))
         if group is None:
-            group = groups[key, id(boxes)] = _Group(key, boxes, len(rows))
+            group = groups[key, id(shards)] = _Group(key, shards, len(rows))
         group.firsts.append(count)
         group.rows.extend(rows)
-        count += len(boxes)
+        count += len(shards)
     return list(groups.values()), count

@@ -49,10 +49,10 @@ class Index:
         """Return a tensor's shape, dtype and chunks; UserError if the chunks overlap or leave gaps."""
         shape = self.shape(name)
         with _malformed_is_user_error():
-            boxes = _bounds(name, shape, self.tensors[name]["chunks"])
-        numbers = np.full((len(boxes), stride(len(shape))), -1, np.int64)
-        numbers[:, : 2 * len(shape)] = boxes
-        numbers[:, 2 * len(shape) : -1] = self._locations.of_chunks(name, shape, boxes[:, : len(shape)])
+            shards = _bounds(name, shape, self.tensors[name]["chunks"])
+        numbers = np.full((len(shards), stride(len(shape))), -1, np.int64)
+        numbers[:, : 2 * len(shape)] = shards
+        numbers[:, 2 * len(shape) : -1] = self._locations.of_chunks(name, shape, shards[:, : len(shape)])
         made = ChunkedTensor(shape, self.dtype(name), array("q", numbers.tobytes()), self._locations.files)
         check_tiling(name, made)
         return made
@@ -111,7 +111,7 @@ def _index(loaded: Any) -> Index:
 
 
 def _flattened(state: Mapping[str, Any]) -> dict[str, Shape]:
-    """Return the shapes of the tensors that megatron-core up to 0.14 stored flattened: `[grid…, elements of a box]`."""
+    """Return the shapes of the tensors that megatron-core up to 0.14 stored flattened: `[grid…, elements of a shard]`."""
     noted: dict[Any, Any] = state.get("mcore_data") or {}
     return {name: read_sizes(fields[_UNFLATTENED]) for name, fields in noted.items() if _UNFLATTENED in fields}
 

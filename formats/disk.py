@@ -30,7 +30,7 @@ def direct_flag() -> int:
 
 
 def refuses_direct(error: OSError) -> bool:
-    """Does the error mean that the file system has no direct I/O, or requires another alignment?"""
+    """Return whether the error means that the file system has no direct I/O, or requires another alignment."""
     return error.errno in (errno.EINVAL, errno.EOPNOTSUPP)
 
 

@@ -19,20 +19,23 @@ class Dtype(NamedTuple):
     storage: str = ""
     """The class of torch's typed storage. Newer dtypes have none: their tensors name the dtype, their storage counts bytes."""
 
+    zarr: str = ""
+    """In `.zarray`; "" for what Megatron never wrote there. Its `bfloat16` is not zarr's name: that would be `<V2`."""
+
 
 CONVERTED = (
-    Dtype("bf16", "bfloat16", "BF16", "BFloat16Storage"),
-    Dtype("fp16", "float16", "F16", "HalfStorage"),
-    Dtype("fp32", "float32", "F32", "FloatStorage"),
-    Dtype("fp64", "float64", "F64", "DoubleStorage"),
+    Dtype("bf16", "bfloat16", "BF16", "BFloat16Storage", "bfloat16"),
+    Dtype("fp16", "float16", "F16", "HalfStorage", "<f2"),
+    Dtype("fp32", "float32", "F32", "FloatStorage", "<f4"),
+    Dtype("fp64", "float64", "F64", "DoubleStorage", "<f8"),
     Dtype("fp8_e4m3", "float8_e4m3fn", "F8_E4M3"),
     Dtype("fp8_e5m2", "float8_e5m2", "F8_E5M2"),
-    Dtype("int8", "int8", "I8", "CharStorage"),
-    Dtype("int16", "int16", "I16", "ShortStorage"),
-    Dtype("int32", "int32", "I32", "IntStorage"),
-    Dtype("int64", "int64", "I64", "LongStorage"),
-    Dtype("uint8", "uint8", "U8", "ByteStorage"),
-    Dtype("bool", "bool", "BOOL", "BoolStorage"),
+    Dtype("int8", "int8", "I8", "CharStorage", "|i1"),
+    Dtype("int16", "int16", "I16", "ShortStorage", "<i2"),
+    Dtype("int32", "int32", "I32", "IntStorage", "<i4"),
+    Dtype("int64", "int64", "I64", "LongStorage", "<i8"),
+    Dtype("uint8", "uint8", "U8", "ByteStorage", "|u1"),
+    Dtype("bool", "bool", "BOOL", "BoolStorage", "|b1"),
 )
 """Dtypes that are converted."""
 

@@ -36,7 +36,7 @@ def format_untrusted(value: Any, *, inside: bool = False) -> str:
 
 
 def is_text(name: str) -> bool:
-    """Can `name` be encoded as UTF-8? File names and JSON may hold lone surrogates, which cannot."""
+    """Return whether `name` can be encoded as UTF-8. File names and JSON may hold lone surrogates, which cannot."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from formats.archive_files import Box, NewPart
+from formats.archive_files import NewPart, Shard
 from formats.dcp import ContainerWriter, NewObject
 from formats.dcp_index import METADATA
 from formats.iterations import TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER, iteration_folder
@@ -24,7 +24,7 @@ from formats.torch_zip import object_archive
 
 
 class FsdpTensor(NamedTuple):
-    """A weight, its name in the model's state dict, and how ranks hold it: boxes, none of which has rows of both halves of a
+    """A weight, its name in the model's state dict, and how ranks hold it: shards, none of which has rows of both halves of a
     `gated` projection."""
 
     spec: TensorSpec
@@ -62,7 +62,7 @@ class FsdpWriter:
             self.specs[spec.name], self._stored[spec.name] = spec, _stored(tensor)
             for stored in self._stored[spec.name]:
                 keys[stored.key] = ((stored.rows.stop - stored.rows.start, *spec.shape[1:]), spec.dtype)
-                parts.append(NewPart(stored.key, (), list(_boxes(tensor, stored))))
+                parts.append(NewPart(stored.key, (), list(_shards(tensor, stored))))
         objects = [NewObject(ObjectName(name, sizes=None), rank_file(0), object_archive(value)) for name, value in common.items()]
         self._container = ContainerWriter(self._folder, keys, parts, objects)
 
@@ -110,8 +110,8 @@ def _stored(tensor: FsdpTensor) -> tuple[_Stored, ...]:
     return _Stored(f"{key}{GATE}", slice(0, half)), _Stored(f"{key}{UP}", slice(half, rows))
 
 
-def _boxes(tensor: FsdpTensor, stored: _Stored) -> Iterator[Box]:
+def _shards(tensor: FsdpTensor, stored: _Stored) -> Iterator[Shard]:
     for region, rank in tensor.chunks:
         if overlap := stored.part(region):
             part, _ = overlap
-            yield Box(tuple(each.start for each in part), extent(part), rank_file(rank))
+            yield Shard(tuple(each.start for each in part), extent(part), rank_file(rank))

@@ -97,7 +97,7 @@ def _described(folder: Folder) -> Folder:
 
 
 def are_of_model(names: Iterable[str]) -> bool:
-    """Are there weights of a model with layers among these names? Megatron's are recognized before.
+    """Return whether these names have weights of a model with layers. Megatron's are recognized before.
 
     >>> are_of_model(["model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
     True

@@ -40,7 +40,7 @@ Archives = tuple[Sequence[str], Array, list[str]]
 
 
 def index_document(tensors: Mapping[str, ChunkedTensor], objects: Archives) -> Document:
-    """The index of tensors and objects, as a document that is made when it is written."""
+    """Return the index of tensors and objects, as a document that is made when it is written."""
     return Document(_size(tensors, objects), lambda: _blocks(_Writer().parts(tensors, objects)))
 
 

@@ -6,21 +6,15 @@ client of an object store.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from formats.folder import Folder, LocalFolder
+from formats.urls import is_remote
 
 if TYPE_CHECKING:
     from formats.remote.retry import RetryPolicy
-
-
-def is_remote(source: str | Path) -> bool:
-    """Is `source` a URL?"""
-    return isinstance(source, str) and bool(re.match(r"[A-Za-z][\w+.-]*://", source))
 
 
 def open_folder(source: str | Path, *, policy: RetryPolicy | None = None, probe: Sequence[str] = ()) -> Folder:
@@ -35,12 +29,3 @@ def open_folder(source: str | Path, *, policy: RetryPolicy | None = None, probe:
     from formats.remote.folder import open_remote  # noqa: PLC0415 - the clients of every protocol
 
     return open_remote(str(source), policy=policy, probe=probe)
-
-
-def without_secrets(url: str) -> str:
-    """Return a URL for messages, without user, password, query (which signs some URLs) and fragment."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return f"{url.partition('://')[0]}://…"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

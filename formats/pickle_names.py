@@ -82,8 +82,8 @@ _OF_PYTHON = sys.stdlib_module_names | _words(
 
 
 def may_run(module: str, name: str) -> bool:
-    """Could a name run code? True for names of the standard library, directly or as another module's attribute, and for special
-    methods."""
+    """Return whether a name could run code. True for names of the standard library, directly or as another module's attribute,
+    and for special methods."""
     if name in _DATA_OF_PYTHON.get(module, ()):
         return False
     *owners, _ = parts = name.split(".")
@@ -95,5 +95,5 @@ def may_run(module: str, name: str) -> bool:
 
 
 def is_known(module: str, name: str) -> bool:
-    """Is it a name that torch and megatron-core save, or a data class of Python?"""
+    """Return whether torch and megatron-core save this name, or it is a data class of Python."""
     return any(name in names.get(module, ()) for names in (_OF_TORCH_AND_MEGATRON, _DATA_OF_PYTHON))

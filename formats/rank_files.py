@@ -15,9 +15,9 @@ from formats.chunks import Chunk
 from formats.errors import UserError, format_untrusted
 from formats.folder import FileRef, Folder
 from formats.iterations import find_iteration
-from formats.rank_boxes import BoxesReader, merge
 from formats.rank_folders import OPTIMIZER_FILE, Rank, RankFile, args_of, open_ranks
 from formats.rank_names import EMBEDDING, OUTPUT, Piece
+from formats.rank_shards import ShardedReader, merge
 from formats.spec import Array, Region
 
 _LARGE = ("model", "optimizer", "rng_state")
@@ -34,7 +34,7 @@ class RankFilesReader:
         self.ranks = open_ranks(self.folder)
         self._first = next(iter(self.ranks.values()))
         self.others = ["optimizer"] if self.has_optimizer else []
-        self.weights = BoxesReader(self.folder, merge(self._pieces(), 1 + max(rank.tp for rank in self.ranks)))
+        self.weights = ShardedReader(self.folder, merge(self._pieces(), 1 + max(rank.tp for rank in self.ranks)))
         self.specs = self.weights.specs
 
     @property

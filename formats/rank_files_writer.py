@@ -34,7 +34,7 @@ class RankArray(NamedTuple):
     where that starts in the array."""
 
     shape: Shape
-    boxes: tuple[tuple[Region, Shape], ...]
+    shards: tuple[tuple[Region, Shape], ...]
     holders: tuple[Holder, ...]
 
 
@@ -120,13 +120,13 @@ class RankFilesWriter:
         numbers, at = self._numbers[name], count()
         for each in self._arrays[name]:
             held = [(file := f"{RELEASE}/{holder.file}", self._starts[file][numbers[next(at)]]) for holder in each.holders]
-            for box, start in each.boxes:
-                shared = intersect(box, region)
+            for shard, start in each.shards:
+                shared = intersect(shard, region)
                 if shared is None:
                     continue
                 inside = tuple(
                     slice(part.start + first, part.stop + first)
-                    for part, first in zip(relative_to(shared, box), start, strict=True)
+                    for part, first in zip(relative_to(shared, shard), start, strict=True)
                 )
                 for file, offset in held:
                     yield StoredArray(file, offset, each.shape), shared, inside

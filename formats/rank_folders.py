@@ -63,7 +63,7 @@ class RankFile:
 
 
 def is_rank_folder(name: str) -> bool:
-    """Is this the name of a folder of one rank, with its slash, or of NeMo's file of the only rank?"""
+    """Return whether this is the name of a folder of one rank, with its slash, or of NeMo's file of the only rank."""
     return bool(_FOLDER.fullmatch(name) or _NEMO_FOLDER.fullmatch(name)) or name == NEMO_FILE
 
 

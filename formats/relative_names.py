@@ -10,7 +10,7 @@ _LONGEST = 255  # bytes of a name, of every file system in use
 
 
 def stays_below(name: Any) -> bool:
-    """Is `name` a relative path, with slashes, to something below its folder? Symbolic links are not resolved.
+    """Return whether `name` is a relative path, with slashes, to something below its folder. Symbolic links are not resolved.
 
     >>> [stays_below(name) for name in ("a.safetensors", "sub/a.safetensors", "../a.safetensors", "/a", "")]
     [True, True, False, False, False]

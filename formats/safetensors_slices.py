@@ -111,12 +111,12 @@ def sliced_files(folder: Folder, names: Iterable[str]) -> list[str]:
 
 
 def has_slices(names: Iterable[str]) -> bool:
-    """Are there files of slices among these names?"""
+    """Return whether there are files of slices among these names."""
     return any(_NAME.fullmatch(name) for name in names)
 
 
 def are_safetensors(folder: Folder, files: Sequence[str]) -> bool:
-    """Is the first of these files, whatever its name, a safetensors file and no archive of torch's?"""
+    """Return whether the first of these files, whatever its name, is a safetensors file and not an archive of torch's."""
     if not files or folder.size(files[0]) < 16:
         return False
     start = bytearray(9)

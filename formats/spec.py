@@ -100,12 +100,12 @@ class ViewSpec(TensorSpec):
 
 
 def is_size(value: Any) -> bool:
-    """Is `value` a valid size or offset? Larger ones overflow 64-bit offsets of disks and numpy."""
+    """Return whether `value` is a valid size or offset. Larger ones overflow 64-bit offsets of disks and numpy."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def is_valid_shape(sizes: Sequence[Any]) -> bool:
-    """Are these the sizes of a possible tensor, within the limits of numpy for dimensions and elements?"""
+    """Return whether a tensor of these sizes can exist, within the limits of numpy for dimensions and elements."""
     return (
         len(sizes) <= MOST_DIMENSIONS and all(is_size(size) for size in sizes) and prod(max(size, 1) for size in sizes) < 1 << 59
     )

@@ -122,7 +122,7 @@ class _Stream(io.RawIOBase):
 
 
 def is_tar(folder: Folder, name: str) -> bool:
-    """Is a file a tar archive, compressed or not?"""
+    """Return whether a file is a tar archive, compressed or not."""
     start = _Stream(folder, name).read(_BLOCK)
     return start[257:262] == b"ustar" or (name.endswith(".nemo") and start[:2] in _COMPRESSED)
 

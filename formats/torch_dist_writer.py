@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from formats.archive_files import Box, NewPart
+from formats.archive_files import NewPart, Shard
 from formats.dcp import ContainerWriter, NewObject
 from formats.dcp_index import METADATA
 from formats.errors import UserError
@@ -35,7 +35,7 @@ STATE = "optimizer.state."
 
 
 class ShardedTensor(NamedTuple):
-    """A weight and how ranks hold it: boxes of it, each with the rank in whose file it goes."""
+    """A weight and how ranks hold it: shards of it, each with the rank in whose file it goes."""
 
     spec: TensorSpec
     chunks: tuple[tuple[Region, int], ...]
@@ -148,18 +148,18 @@ def rank_file(rank: int) -> str:
 
 
 def _parts(tensors: Iterable[ShardedTensor], locate: Callable[[str], tuple[str, tuple[int, ...]]]) -> list[NewPart]:
-    """For each weight, where it is stored. Layers are held alike, so boxes are taken apart once for all that share them."""
-    known: dict[int, list[Box]] = {}
+    """For each weight, where it is stored. Layers are held alike, so shards are taken apart once for all that share them."""
+    known: dict[int, list[Shard]] = {}
     keys, last = dict[str, str](), tuple[int, ...]()  # one object for each key, and for rows that follow one another
     parts: list[NewPart] = []
     for spec, chunks in tensors:
-        boxes = known.get(id(chunks))
-        if boxes is None:
-            boxes = [Box(tuple(part.start for part in region), extent(region), rank_file(rank)) for region, rank in chunks]
-            known[id(chunks)] = boxes
+        shards = known.get(id(chunks))
+        if shards is None:
+            shards = [Shard(tuple(part.start for part in region), extent(region), rank_file(rank)) for region, rank in chunks]
+            known[id(chunks)] = shards
         key, rows = locate(spec.name)
         last = last if rows == last else rows
-        parts.append(NewPart(keys.setdefault(key, key), last, boxes))
+        parts.append(NewPart(keys.setdefault(key, key), last, shards))
     return parts
 
 
@@ -219,9 +219,9 @@ def _extra_states(
     names = {key: f"{module}._extra_state" for module, key in modules.items() if module}
     """Of the first weight of each module that has a state, the key of its objects."""
 
-    for key, rows, boxes in parts:
+    for key, rows, shards in parts:
         if key in names:
-            yield NewObject(ObjectName(names[key], rows, keys[key][0][: len(rows)]), boxes[0].file, archive)
+            yield NewObject(ObjectName(names[key], rows, keys[key][0][: len(rows)]), shards[0].file, archive)
 
 
 def _extra_state(module: str, rank: int) -> NewObject:

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from formats.chunks import ChunkedTensor, stride
+from formats.dtypes import CONVERTED
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.iterations import FORMAT
@@ -29,11 +30,7 @@ from formats.zarr_compressed import Compression, DecodedChunks
 
 ARRAY = ".zarray"
 
-_TYPES = {
-    "bfloat16": "bf16", "<f8": "fp64", "<f4": "fp32", "<f2": "fp16", "<i8": "int64", "<i4": "int32", "<i2": "int16",
-    "|i1": "int8", "|u1": "uint8", "|b1": "bool",
-}  # fmt: skip
-"""Names of dtypes. Megatron writes `bfloat16`, which is none of zarr's, in the place of `<V2`."""
+_TYPES = {dtype.zarr: dtype.name for dtype in CONVERTED if dtype.zarr}
 
 _EXPECTED = {
     "zarr_format": 2, "order": "C", "filters": None, "fill_value": None, "dimension_separator": ".",

@@ -27,7 +27,11 @@ class AutoBridge:
 
     @classmethod
     def from_hf_pretrained(cls, source: str | Path) -> AutoBridge:
-        """Open a directory, a URL or a Hub id. Raises UserError without a readable `config.json`."""
+        """Open a directory, a URL or a Hub id. Raises UserError without a readable `config.json`.
+
+        >>> AutoBridge.from_hf_pretrained("Llama-3.2-1B").config["model_type"]
+        'llama'
+        """
         folder = open_source(source, or_hub=True)
         try:
             return cls(folder.label, read_json(folder, "config.json"))
@@ -35,7 +39,11 @@ class AutoBridge:
             folder.close()
 
     def to_megatron_provider(self, load_weights: bool = True) -> GPTModelProvider:
-        """Return a provider of this model. With `load_weights`, a run starts from its weights, else from random ones."""
+        """Return a provider of this model. With `load_weights`, a run starts from its weights, else from random ones.
+
+        >>> AutoBridge.from_hf_pretrained("Llama-3.2-1B").to_megatron_provider().normalization
+        'RMSNorm'
+        """
         provider = from_hf_config(self.config, source=self.source)
         provider.pretrained_from = self.source if load_weights else None
         return provider
@@ -44,10 +52,18 @@ class AutoBridge:
     def import_ckpt(
         huggingface: str | Path, megatron: str | Path, *, tp: int = 1, pp: int = 1, **options: Any
     ) -> converter.Summary:
-        """Write a Hugging Face model as a Megatron checkpoint: `converter.hf_to_mcore`."""
+        """Write a Hugging Face model as a Megatron checkpoint: `converter.hf_to_mcore`.
+
+        >>> AutoBridge.import_ckpt("Llama-3.2-1B", "bridged", tp=2).layout["tp"]
+        2
+        """
         return converter.hf_to_mcore(huggingface, megatron, tp=tp, pp=pp, **options)
 
     @staticmethod
     def export_ckpt(megatron: str | Path, huggingface: str | Path, **options: Any) -> converter.Summary:
-        """Write a Megatron checkpoint as a Hugging Face model: `converter.mcore_to_hf`."""
+        """Write a Megatron checkpoint as a Hugging Face model: `converter.mcore_to_hf`.
+
+        >>> AutoBridge.export_ckpt("megatron", "exported").command
+        'mcore-to-hf'
+        """
         return converter.mcore_to_hf(megatron, huggingface, **options)

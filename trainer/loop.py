@@ -42,6 +42,12 @@ def pretrain(
 
     Raises UserError for settings that cannot work, weights that do not fit, a loss that is NaN or Inf. A signal saves, and
     then ends the process: SystemExit with 128 + its number, on every rank.
+
+    >>> from trainer.recipes import llama_tiny
+    >>> config = llama_tiny.pretrain_config()
+    >>> config.train.train_iters, config.validation.eval_iters, config.dataset.num_workers = 1, 0, 0
+    >>> pretrain(config).iteration  # a step on mock data
+    1
     """
     began = clock.run_began()
     main_script.check(config.dataset, config.checkpoint)
@@ -121,7 +127,7 @@ def _every(run: Run, interval: int | None) -> bool:
 
 
 def train_step(run: Run) -> Step:
-    """Forward, backward, reduce, update: one global batch.
+    """Train on one global batch: forward, backward, reduce, update.
 
     Raises UserError if the loss or the gradient norm is NaN or Inf; nothing of that step is saved.
     """

@@ -41,6 +41,15 @@ def forward_step(batches: Iterator[Batch | Inputs] | None, model: Any) -> tuple[
     A batch holds `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each `[micro batch, sequence]`.
     Chunks in the middle of the pipeline need none, unless rows are packed: then there are `segment_ids` too (int32), and each
     chunk needs them. Returns the chunk's output, and the function that computes the loss from it.
+
+    >>> tokens, labels, mask = torch.tensor([[5, 7]]), torch.tensor([[7, 2]]), torch.tensor([[1.0, 0.0]])
+    >>> batch = Inputs({"tokens": tokens, "labels": labels, "loss_mask": mask})
+    >>> def model(tokens, position_ids, attention_mask, labels):
+    ...     return 0.5 * labels  # token losses, [micro batch, sequence]
+    >>> model.config = {}
+    >>> token_losses, loss = forward_step(iter([batch]), model)
+    >>> loss(token_losses)[0]  # the sum over trained tokens
+    tensor(3.5000)
     """
     batch = next(batches) if batches is not None else {}
     inputs = batch if isinstance(batch, Inputs) else prepare(batch)

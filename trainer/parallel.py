@@ -180,5 +180,5 @@ def seed(number: int) -> None:
 
 
 def is_logging_rank() -> bool:
-    """True on the rank that logs: the last, where the last pipeline stage computes the loss."""
+    """Return whether this rank logs: the last, where the last pipeline stage computes the loss."""
     return dist.get_rank() == dist.get_world_size() - 1

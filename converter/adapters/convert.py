@@ -6,10 +6,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
+from converter.adapter_files import refuse_adapter, require, require_peft
 from converter.adapters.adapter import base_name
 from converter.adapters.base import identify_base
 from converter.adapters.exporting import plan_export
-from converter.adapters.files import refuse_adapter, require, require_peft
 from converter.adapters.importing import plan_import
 from converter.adapters.layout import EXPERTS, Experts
 from converter.checks import check_execution, check_layout, check_locations

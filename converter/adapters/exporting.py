@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from converter import provenance
+from converter.adapter_files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
 from converter.adapters import peft_config
-from converter.adapters.files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
 from converter.adapters.layout import Experts, Layout, lay_out
 from converter.adapters.megatron import MegatronAdapter, open_megatron_adapter
 from converter.adapters.peft import make_shard

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from converter import provenance, side_files
+from converter.adapter_files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
 from converter.adapters.adapter import AdapterReader, Description
 from converter.adapters.base import BaseModel
 from converter.adapters.experts import separate
-from converter.adapters.files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
 from converter.adapters.megatron import encode_description, open_megatron_adapter
 from converter.adapters.names import AdaptedModule, Factor, adapted_modules, factors, module_of, peft_name, targets
 from converter.adapters.peft import PeftAdapter, open_peft_adapter

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
 from converter import families, reference
+from converter.adapter_files import DESCRIPTION, FLAG, NUMBER, OBJECT, SIZE, STRING, STRINGS, FieldType
 from converter.adapters.adapter import METHODS, AdapterReader, Base, Description
-from converter.adapters.files import DESCRIPTION, FLAG, NUMBER, OBJECT, SIZE, STRING, STRINGS, FieldType
 from converter.adapters.names import AdaptedModule, Factor, adapted_modules, factors, module_of, peft_name
 from converter.config import make_model
 from converter.hybrid import GPT, HYBRID

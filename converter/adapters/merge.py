@@ -9,9 +9,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Literal, Unpack, cast, get_args
 
+from converter.adapter_files import is_peft, refuse_adapter, require
 from converter.adapters.adapter import AdapterReader, Base
 from converter.adapters.base import open_base, survey, under_names_of
-from converter.adapters.files import is_peft, refuse_adapter, require
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.megatron import open_megatron_adapter
 from converter.adapters.merged import BLOCK_BYTES, RECENT, MergedReader

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from converter.adapter_files import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS
 from converter.adapters import peft_config
 from converter.adapters.adapter import AdapterReader, Base, Description
 from converter.adapters.experts import IN_ORDER
-from converter.adapters.files import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS
 from converter.adapters.names import PREFIX, WEIGHT, Factor, factors, module_of, peft_name
 from converter.adapters.peft_config import ALL_LINEAR, PeftConfig, as_tuple
 from converter.plan import TensorPlan, as_stored, list_names

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from converter.adapter_files import FLAG, NUMBER, PEFT_CONFIG, RANK, SIZE, STRING, FieldType, list_of, table_of
 from converter.adapters import pattern
 from converter.adapters.adapter import Description, scale
-from converter.adapters.files import FLAG, NUMBER, PEFT_CONFIG, RANK, SIZE, STRING, FieldType, list_of, table_of
 from converter.adapters.pattern import Budget
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder

@@ -16,12 +16,12 @@ ARCHITECTURE = "DeepseekV3ForCausalLM"
 
 
 def from_few(model: Model, _indices: Indices) -> bool:
-    """Are queries projected from a few channels?"""
+    """Return whether queries are projected from a few channels."""
     return model.q_lora is not None
 
 
 def from_all(model: Model, _indices: Indices) -> bool:
-    """Are queries projected from all channels?"""
+    """Return whether queries are projected from all channels."""
     return model.q_lora is None
 
 

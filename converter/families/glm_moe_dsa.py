@@ -14,7 +14,7 @@ ARCHITECTURE = "GlmMoeDsaForCausalLM"
 
 
 def has_indexer(model: Model, indices: Indices) -> bool:
-    """Does the layer choose tokens itself?"""
+    """Return whether the layer chooses tokens itself."""
     return indices["layer"] in model.indexed
 
 

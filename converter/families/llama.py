@@ -12,22 +12,22 @@ ARCHITECTURE = "LlamaForCausalLM"
 
 
 def untied(model: Model, _indices: Indices) -> bool:
-    """Has the model an output layer of its own?"""
+    """Return whether the model has an output layer of its own."""
     return not model.tied
 
 
 def biased(model: Model, _indices: Indices) -> bool:
-    """megatron-core has one switch, `add_bias_linear`, for what Hugging Face switches separately."""
+    """Return whether any linear layer has biases: megatron-core has one switch, `add_bias_linear`, Hugging Face two."""
     return model.attention_bias or model.mlp_bias
 
 
 def plain_attention(model: Model, _indices: Indices) -> bool:
-    """Has attention no biases in Hugging Face?"""
+    """Return whether attention has no biases in Hugging Face."""
     return not model.attention_bias
 
 
 def plain_mlp(model: Model, _indices: Indices) -> bool:
-    """Has the feed-forward layer no biases in Hugging Face?"""
+    """Return whether the feed-forward layer has no biases in Hugging Face."""
     return not model.mlp_bias
 
 

@@ -45,12 +45,12 @@ def shared(
 
 
 def is_sparse(model: Model, indices: Indices) -> bool:
-    """Has the layer experts?"""
+    """Return whether the layer has experts."""
     return indices["layer"] in model.sparse
 
 
 def is_dense(model: Model, indices: Indices) -> bool:
-    """Has the layer a feed-forward part without experts?"""
+    """Return whether the layer has a feed-forward part without experts."""
     return indices["layer"] not in model.sparse
 
 

@@ -25,12 +25,12 @@ NET = "self_attention."
 
 
 def is_linear(model: Model, indices: Indices) -> bool:
-    """Has the layer a gated delta net?"""
+    """Return whether the layer has a gated delta net."""
     return indices["layer"] in model.linear_layers
 
 
 def is_full(model: Model, indices: Indices) -> bool:
-    """Has the layer attention?"""
+    """Return whether the layer has attention."""
     return indices["layer"] not in model.linear_layers
 
 

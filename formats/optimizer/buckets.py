@@ -17,7 +17,7 @@ from formats.dcp import DcpContainer
 from formats.errors import UserError, format_untrusted
 from formats.object_names import ObjectName
 from formats.optimizer import in_buffers
-from formats.optimizer.flat_boxes import Flat, FlatTensor
+from formats.optimizer.flat_shards import Flat, FlatTensor
 from formats.optimizer.layout import Parameter, Slot
 from formats.optimizer.rank_buffers import Buffer
 from formats.optimizer.state import OptimizerState

@@ -15,7 +15,7 @@ from typing import Any, cast
 from formats.arrays import as_bytes
 from formats.errors import UserError
 from formats.optimizer import in_buffers
-from formats.optimizer.flat_boxes import Flat
+from formats.optimizer.flat_shards import Flat
 from formats.optimizer.layout import Parameter, Slot, bucket_sizes
 from formats.optimizer.parameters import EMBEDDING, OUTPUT
 from formats.optimizer.rank_buffers import Buffer

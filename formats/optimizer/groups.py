@@ -46,7 +46,7 @@ def loss_scale(reader: TorchDistReader, chained: str, number: int) -> Mapping[st
 
 
 def are_of_experts(hyper: Sequence[Mapping[str, Any]]) -> bool:
-    """Are these the parameter groups of experts that have an optimizer of their own?"""
+    """Return whether these are the parameter groups of experts that have an optimizer of their own."""
     return any(group.get("is_expert_parallel") for group in hyper)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from formats.chunks import ChunkedTensor
 from formats.errors import UserError, format_untrusted
 from formats.optimizer import groups, model_space
-from formats.optimizer.flat_boxes import Flat, FlatBoxes, boxed
+from formats.optimizer.flat_shards import Flat, FlatShards, sharded
 from formats.optimizer.parameters import (
     Parameter,
     elements,
@@ -179,8 +179,8 @@ def _reader(
     for key, of_key in runs.items():
         shape, starts, sizes = container.tensor(key).bounds()
         spec = TensorSpec(prefix + key, shape, DTYPES["fp32"])
-        tensors[spec.name] = boxed(spec, np.concatenate([starts, sizes], axis=1), of_key, labels)
-    return TorchDistReader(reader.folder, prefix=prefix, container=FlatBoxes(container, tensors, sources, labels))
+        tensors[spec.name] = sharded(spec, np.concatenate([starts, sizes], axis=1), of_key, labels)
+    return TorchDistReader(reader.folder, prefix=prefix, container=FlatShards(container, tensors, sources, labels))
 
 
 def _merged(optimizers: Iterable[Groups]) -> Groups:

@@ -15,9 +15,9 @@ from formats.optimizer.model_space import PLAIN
 from formats.optimizer.state import LOSS_SCALE, STATES, WEIGHTS_ALONE, OptimizerState
 from formats.optimizer.state_locations import StateLocations, as_dict, as_sequence, optimizers_of
 from formats.pickles import Record
-from formats.rank_boxes import Boxes, BoxesReader
 from formats.rank_files import RankFilesReader
 from formats.rank_folders import OPTIMIZER_FILE, RankFile
+from formats.rank_shards import ShardedReader, Shards
 from formats.spec import is_size
 
 _LAYER_WISE = "layer_wise_optimizer_"
@@ -37,7 +37,7 @@ def read(reader: RankFilesReader) -> OptimizerState:
             rank_distributed.add(locations, reader.folder, file, rank.ep)
     tensors = {state: held for state, of_state in locations.items() if (held := of_state.tensors(reader.weights.tensors))}
     _check_states(tensors)
-    states = {state: BoxesReader(reader.folder, held) for state, held in tensors.items()}
+    states = {state: ShardedReader(reader.folder, held) for state, held in tensors.items()}
     groups, loss_scale = _groups(files, optimizers), _loss_scale(files[0], optimizers[files[0].name])
     return OptimizerState(PLAIN if plain else OPTIMIZER_FILE, states, groups, loss_scale)
 
@@ -48,7 +48,7 @@ def _loss_scale(file: RankFile, optimizers: Sequence[Mapping[Any, Any]]) -> Mapp
     return file.archive.resolved(scales[0]) if scales else {}
 
 
-def _check_states(tensors: Mapping[str, Mapping[str, Boxes]]) -> None:
+def _check_states(tensors: Mapping[str, Mapping[str, Shards]]) -> None:
     """Raise UserError unless all states are of the same weights."""
     for state, held in tensors.items():
         for other, names in tensors.items():

@@ -12,9 +12,9 @@ import numpy as np
 
 from formats.errors import UserError
 from formats.optimizer.state import WEIGHTS_ALONE
-from formats.rank_boxes import Box, Boxes
 from formats.rank_folders import RankFile
 from formats.rank_names import RankTensor, tensors
+from formats.rank_shards import Shard, Shards
 from formats.spec import DTYPES, dtype_name
 from formats.stored_arrays import StoredArray
 from formats.torch_zip import OpenArchive
@@ -51,24 +51,24 @@ class StateLocations:
         run = runs[number]
         return StoredArray(run.file, run.at + (stored.offset - run.start) // dtype.itemsize * FP32.itemsize, stored.shape)
 
-    def tensors(self, weights: Mapping[str, Boxes]) -> dict[str, Boxes]:
+    def tensors(self, weights: Mapping[str, Shards]) -> dict[str, Shards]:
         """Return the state of all weights that have it, divided as they are."""
-        located = {name: self._boxes(name, weight) for name, weight in weights.items()}
-        return {name: Boxes(FP32, boxes) for name, boxes in located.items() if boxes}
+        located = {name: self._shards(name, weight) for name, weight in weights.items()}
+        return {name: Shards(FP32, shards) for name, shards in located.items() if shards}
 
-    def _boxes(self, name: str, weight: Boxes) -> tuple[Box, ...]:
-        """Return the boxes of a weight's state; of several copies those that have it. Raises UserError where only some do."""
-        copies = [[location for copy in box.copies if (location := self.locate(copy, weight.dtype))] for box in weight.boxes]
+    def _shards(self, name: str, weight: Shards) -> tuple[Shard, ...]:
+        """Return the shards of a weight's state; of several copies those that have it. Raises UserError where only some do."""
+        copies = [[location for copy in shard.copies if (location := self.locate(copy, weight.dtype))] for shard in weight.shards]
         if not any(copies):
             return ()
-        if lacking := [box for box, locations in zip(weight.boxes, copies, strict=True) if not locations]:
+        if lacking := [shard for shard, locations in zip(weight.shards, copies, strict=True) if not locations]:
             has = next(locations[0] for locations in copies if locations)
             raise UserError(
                 f"`{has.file}` has `{self.state}` of its part of `{name}`, and there is none of the part in "
                 f"`{lacking[0].copies[0].file}`",
                 hint="the files are of two runs, or one is damaged",
             )
-        return tuple(replace(box, copies=tuple(locations)) for box, locations in zip(weight.boxes, copies, strict=True))
+        return tuple(replace(shard, copies=tuple(locations)) for shard, locations in zip(weight.shards, copies, strict=True))
 
 
 def parameters(file: RankFile, number: int, optimizers: int) -> list[list[RankTensor]]:

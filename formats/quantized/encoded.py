@@ -32,18 +32,18 @@ class ChangedError(UserError):
 
 
 def stored_name(weight: QuantizedWeight) -> str:
-    """Return the name under which codes are carried that cannot be made again."""
+    """Return the name under which the codes of a weight are stored, where numbers and scales do not determine them."""
     return f"{weight.codes.name}{_ENDING}"
 
 
 class EncodedReader:
-    """The codes of weights. `plain` reads the weights; `carried` their scales, and codes that cannot be made again.
+    """The codes of weights. `plain` reads the weights; `side_tensors` their scales, and codes that numbers do not determine.
 
     Raises ChangedError if a number is not what its code means: then the weights are others than they were.
     """
 
-    def __init__(self, plain: Reader, carried: Reader, weights: Iterable[QuantizedWeight]) -> None:
-        self._plain, self._carried = plain, carried
+    def __init__(self, plain: Reader, side_tensors: Reader, weights: Iterable[QuantizedWeight]) -> None:
+        self._plain, self._side_tensors = plain, side_tensors
         self._weights = {weight.codes.name: weight for weight in weights}
         self.specs = {name: weight.codes for name, weight in self._weights.items()}
         self._local = threading.local()
@@ -57,9 +57,9 @@ class EncodedReader:
         held, scheme = weight.scheme.plain(stored), weight.scheme
         values, again = (buffer.view(extent(held), weight.spec.dtype) for buffer in self._buffers())
         self._plain.read(weight.spec.name, held, values)
-        parameters = weight.read_parameters(self._carried, held)
-        if (kept := stored_name(weight)) in self._carried.specs:
-            self._carried.read(kept, stored, out)
+        parameters = weight.read_parameters(self._side_tensors, held)
+        if (kept := stored_name(weight)) in self._side_tensors.specs:
+            self._side_tensors.read(kept, stored, out)
         else:
             scheme.encode(values, parameters, held, out)
         scheme.decode(out, parameters, held, again)

@@ -22,20 +22,20 @@ THREAD_BYTES = 8 << 20
 class DequantizedReader:
     """The tensors of another reader, the quantized weights among them as plain numbers.
 
-    `raw` reads them as they are stored. `carried` are the tensors that are not presented and not codes: scales and the like.
+    `raw` reads them as they are stored. `side_tensors` are the tensors that are not presented and not codes: scales and the like.
     """
 
     def __init__(self, raw: Reader, weights: Mapping[str, QuantizedWeight]) -> None:
         """`weights`: the quantized weights by their plain names."""
         self.raw, self.weights = raw, weights
-        self.carried = {spec.name: spec for weight in weights.values() for spec in weight.carried}
+        self.side_tensors = {spec.name: spec for weight in weights.values() for spec in weight.side_tensors}
         self.specs = self._plain_specs()
         self._local = threading.local()
 
     def _plain_specs(self) -> dict[str, TensorSpec]:
         """Return the tensors in the order of the source, each weight where its codes are."""
         plain = {weight.codes.name: weight.spec for weight in self.weights.values()}
-        shown = (plain.get(name, spec) for name, spec in self.raw.specs.items() if name not in self.carried)
+        shown = (plain.get(name, spec) for name, spec in self.raw.specs.items() if name not in self.side_tensors)
         return {spec.name: spec for spec in shown}
 
     def read(self, name: str, region: Region, out: Array) -> None:

@@ -83,7 +83,7 @@ class QuantizedWeight:
     """What belongs to it and does not change its numbers: scales of activations."""
 
     @property
-    def carried(self) -> tuple[TensorSpec, ...]:
+    def side_tensors(self) -> tuple[TensorSpec, ...]:
         """All of its stored tensors but the codes."""
         return (*self.parameters, *([self.shape] if self.shape else []), *self.others)
 

@@ -19,12 +19,12 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from formats.errors import UserError
-from formats.location import without_secrets
 from formats.remote.http import Body, Client, Response
 from formats.remote.retry import RetryableError, RetryPolicy
 from formats.remote.s3 import bucket_and_prefix
 from formats.remote.store import Status, StoreBase, changed, optional_import, refused
 from formats.remote.web import check_allowed, range_header, read_range
+from formats.urls import without_secrets
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _LOGIN = "check the name and the credentials (`gcloud auth application-default login`, GOOGLE_APPLICATION_CREDENTIALS)"

@@ -14,10 +14,10 @@ from mmap import mmap
 from typing import Any, Protocol, cast
 
 from formats.errors import UserError
-from formats.location import without_secrets
 from formats.remote.http import PASSING, seconds
 from formats.remote.retry import RetryableError, RetryPolicy, fill, words
 from formats.remote.store import Status, StoreBase, changed, optional_import, refused, resized
+from formats.urls import without_secrets
 
 type Reply = Mapping[str, Any]
 
@@ -164,7 +164,7 @@ class S3(StoreBase):
 
 
 def bucket_and_prefix(url: str) -> tuple[str, str]:
-    """The bucket, and the prefix with a slash at its end unless it is empty. A user before the bucket, a query: dropped."""
+    """Return the bucket, and the prefix with a slash at its end unless it is empty, without user and query."""
     bucket, _, prefix = without_secrets(url).partition("://")[2].partition("/")
     if not re.fullmatch(r"[\w.:-]{3,222}", bucket):
         raise UserError("that URL names no bucket", hint="it should look like `s3://bucket/folder`")
@@ -173,7 +173,7 @@ def bucket_and_prefix(url: str) -> tuple[str, str]:
 
 
 def open_client(policy: RetryPolicy) -> Client:
-    """A client, to be shared by threads. It does not retry: that is done outside, for all kinds of storage alike."""
+    """Return a client that threads may share. It does not retry: formats/remote/retry.py does, for all kinds of storage."""
     session = optional_import("botocore.session").get_session()
     try:
         unsigned = {} if session.get_credentials() else {"signature_version": optional_import("botocore").UNSIGNED}
@@ -194,7 +194,7 @@ def open_client(policy: RetryPolicy) -> Client:
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status of a botocore error; 0 if it has none."""
+    """Return the HTTP status of a botocore error; 0 if it has none."""
     response: Any = getattr(error, "response", None)
     match response:
         case {"ResponseMetadata": {"HTTPStatusCode": int(status)}}:

@@ -51,7 +51,7 @@ TARGETS: Mapping[str, Callable[[str, RetryPolicy], Target]] = {"s3": S3, "gs": G
 
 
 def exists(url: str, *, policy: RetryPolicy | None = None) -> bool:
-    """Does any object exist below that URL?"""
+    """Return whether any object exists below that URL."""
     target = _RetryingTarget(url, policy or RetryPolicy())
     try:
         return bool(target.children())
@@ -283,7 +283,7 @@ class FileUpload:
 
 
 def part_size(size: int) -> int:
-    """Bytes of a part of a file of that size: 8 MiB, or more where the number of parts would pass the services' limit."""
+    """Return the bytes of a part of a file of that size: 8 MiB, or more where there would be too many parts for the services."""
     return max(PART_BYTES, -(-size // _MOST_PARTS // PART_BYTES) * PART_BYTES)
 
 

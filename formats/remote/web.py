@@ -21,12 +21,12 @@ from formats import integrity
 from formats.dcp_index import METADATA
 from formats.errors import UserError
 from formats.iterations import COMMON, FORMAT, TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER, iteration_folder
-from formats.location import without_secrets
 from formats.relative_names import stays_below
 from formats.remote.http import Client, Response, basic, split_url
 from formats.remote.retry import RetryableError, RetryPolicy, retry
 from formats.remote.store import Status, StoreBase, changed, file_name, refused, resized
 from formats.shard_files import INDEX, USUAL_FILES
+from formats.urls import without_secrets
 
 _ROOT_FILES = (TRACKER, TRAIN_STATE_TRACKER)
 _ITERATION_FILES = (METADATA, FORMAT, COMMON, TRAIN_STATE, integrity.FILE)

@@ -64,7 +64,7 @@ def test_a_table_with_a_hole_or_an_overlap_is_not_covered():
 
 
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([None, 0, 1]))
-def test_boxes_tile_a_tensor(tp, blocks, cut):
+def test_shards_tile_a_tensor(tp, blocks, cut):
     shape = 24, 16
     held = shards(shape, cut, blocks, tp)
     assert tiles(shape, *starts_and_sizes([region for region, _ in held]))
@@ -121,10 +121,10 @@ def test_a_tiling_of_many_dimensions_is_judged_at_once():
     assert not tiles(shape, *starts_and_sizes([*halves[:-1], halves[0]]))
 
 
-boxes_of_six = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(0, 5), st.integers(1, 6)), max_size=6)
+shards_of_six = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(0, 5), st.integers(1, 6)), max_size=6)
 
 
-@given(boxes_of_six)
+@given(shards_of_six)
 def test_tiling_is_judged_as_counting_elements_judges_it(corners):
     regions = [(slice(a, min(6, a + h)), slice(b, min(6, b + w))) for a, h, b, w in corners]
     counted = np.zeros((6, 6), int)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats.archive_files import ArchiveFiles, Box, NewPart, append_parts
+from formats.archive_files import ArchiveFiles, NewPart, Shard, append_parts
 from formats.chunks import ChunkedTensor
 from formats.spec import DTYPES
 from formats.torch_zip import DATA_ALIGNMENT, Frame
@@ -47,8 +47,8 @@ def test_archives_placed_together_lie_as_if_placed_one_by_one(objects, chunks):
 
 
 def test_rows_of_a_key_may_be_held_in_different_ways_and_come_in_any_order():
-    halves = [Box((0, 0), (2, 3), "first"), Box((2, 0), (2, 3), "second")]
-    whole = [Box((0, 0), (4, 3), "third")]
+    halves = [Shard((0, 0), (2, 3), "first"), Shard((2, 0), (2, 3), "second")]
+    whole = [Shard((0, 0), (4, 3), "third")]
     parts = [NewPart("key", (2,), halves), NewPart("other", (), whole), NewPart("key", (0,), whole), NewPart("key", (1,), halves)]
     tensors = {"key": ((3, 4, 3), DTYPES["fp32"]), "other": ((4, 3), DTYPES["fp32"])}
     found = append_parts(ArchiveFiles(), tensors, parts, lambda _dtype, _shape: FRAME)

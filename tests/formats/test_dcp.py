@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from formats.archive_files import Box, NewPart
+from formats.archive_files import NewPart, Shard
 from formats.dcp import ContainerWriter, DcpContainer
 from formats.errors import UserError
 from formats.folder import LocalFolder
@@ -112,7 +112,7 @@ def written(tmp_path):
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     outputs = LocalOutputs(tmp_path)
     region = (slice(0, 2), slice(0, 3))
-    part = NewPart("a", (), [Box((0, 0), (2, 3), "__0_0.distcp")])
+    part = NewPart("a", (), [Shard((0, 0), (2, 3), "__0_0.distcp")])
     writer = ContainerWriter("it", {"a": ((2, 3), values.dtype)}, [part], [])
     writer.write(outputs, "a", region, values)
     for span in writer.spans("it/__0_0.distcp"):

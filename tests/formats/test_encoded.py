@@ -47,7 +47,7 @@ def numbers(raw, weight):
 
 
 def again(raw, weight, plain=None, kept=False):
-    names = {spec.name: spec.name for spec in weight.carried} | ({stored_name(weight): "codes"} if kept else {})
+    names = {spec.name: spec.name for spec in weight.side_tensors} | ({stored_name(weight): "codes"} if kept else {})
     reader = EncodedReader(
         Arrays({"weight": numbers(raw, weight) if plain is None else plain}), RenamedReader(raw, names), [weight]
     )

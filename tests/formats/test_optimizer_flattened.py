@@ -71,14 +71,14 @@ def test_state_of_two_optimizers_under_one_name_is_refused(iteration):
 
 
 @pytest.mark.parametrize("shape", [(2, 96, 31), (2, 90, 32), (96, 32), (2, 32, 96), (2, 192, 32), (0, 96, 32)])
-def test_shapes_that_the_stored_boxes_do_not_fill_are_refused(iteration, shape):
+def test_shapes_that_the_stored_shards_do_not_fill_are_refused(iteration, shape):
     def change(index):
         index.mcore_data[FC1]["nd_reformulated_orig_global_shape"] = shape
 
     edit(iteration, change)
     with pytest.raises(UserError) as refusal:
         optimizer(iteration)
-    stored = f"`{FC1}` of shape {list(shape)} is stored as [2, 4, 1, 768], which are not boxes of it, each flat"
+    stored = f"`{FC1}` of shape {list(shape)} is stored as [2, 4, 1, 768], which are not shards of it, each flat"
     weight = f"`{FC1}` has shape {list(shape)}, and `{FC1.removeprefix('optimizer.state.exp_avg.')}` has [2, 96, 32]"
     assert refusal.value.args[0] in (stored, weight)
 

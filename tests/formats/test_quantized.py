@@ -219,7 +219,7 @@ def test_plain_tensors_stay_and_scales_are_hidden_in_the_order_of_the_source():
     raw = InMemory(norm=np.ones(3, BF16), codes=random((128, 128)), scales=scales_of((1, 1), "float32"), head=np.ones(2, BF16))
     reader = DequantizedReader(raw, {"w": weight("w", Fp8("", E4M3, (128, 128), (1, 1)), raw)})
     assert list(reader.specs) == ["norm", "w", "head"]
-    assert list(reader.carried) == ["scales"]
+    assert list(reader.side_tensors) == ["scales"]
     out = np.empty(3, BF16)
     reader.read("norm", full((3,)), out)
     assert (out == 1).all()

@@ -1,6 +1,6 @@
 """Files of two tensor-parallel ranks, with optimizer state: one file is damaged, and what is read of it checked.
 
-Where damage is accepted, every box of a weight or of its state has the bytes of an array in a record of its file, as Python's
+Where damage is accepted, every shard of a weight or of its state has the bytes of an array in a record of its file, as Python's
 zipfile finds it.
 """
 
@@ -22,8 +22,8 @@ from formats.detect import open_megatron
 from formats.disk import user_errors
 from formats.folder import LocalFolder
 from formats.optimizer.open import open_optimizer
-from formats.rank_boxes import BoxesReader
 from formats.rank_files import RankFilesReader
+from formats.rank_shards import ShardedReader
 from tests.fuzz.zips import zipped
 
 FILE, OPTIMIZER = "mp_rank_01/model_optim_rng.pt", "mp_rank_01/distrib_optim.pt"
@@ -37,9 +37,9 @@ _GROUPS = [{"lr": 0.1, "wd_mult": 1.0, "betas": (0.9, 0.99)}, {"lr": 0.1, "wd_mu
 
 @dataclass
 class Contents:
-    """What was read: by state (the weights' is empty) and name each box's place and bytes."""
+    """What was read: by state (the weights' is empty) and name each shard's place and bytes."""
 
-    boxes: dict[tuple[str, str], list[tuple[Chunk, bytes]]]
+    shards: dict[tuple[str, str], list[tuple[Chunk, bytes]]]
 
 
 @user_errors()
@@ -53,24 +53,24 @@ def read(folder: Path) -> Contents:
         _read(contents, "", reader.weights)
         optimizer = open_optimizer(reader)
         for state, held in optimizer.states.items() if optimizer else ():
-            assert isinstance(held, BoxesReader)
+            assert isinstance(held, ShardedReader)
             _read(contents, state, held)
     finally:
         reader.close()
     return contents
 
 
-def _read(contents: Contents, state: str, reader: BoxesReader) -> None:
+def _read(contents: Contents, state: str, reader: ShardedReader) -> None:
     for name, spec in reader.specs.items():
         whole = np.empty(spec.shape, spec.dtype)
         reader.read(name, spec.full_region, whole)
-        contents.boxes[state, name] = [(chunk, whole[chunk.region].tobytes()) for chunk in reader.chunks(name)]
+        contents.shards[state, name] = [(chunk, whole[chunk.region].tobytes()) for chunk in reader.chunks(name)]
 
 
 def check(contents: Contents, folder: Path, _before: object) -> None:
-    assert contents.boxes
+    assert contents.shards
     records = {path.name: zipped(path.read_bytes()) for path in folder.glob("mp_rank_01/*.pt")}
-    for held in contents.boxes.values():
+    for held in contents.shards.values():
         for chunk, values in held:
             place = chunk.location
             raw = (folder / place.file).read_bytes()[place.offset : place.offset + place.length]

@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from converter.adapter_files import DESCRIPTION, is_peft
 from converter.adapters.adapter import METHODS, Base, Description, base_name
-from converter.adapters.files import DESCRIPTION, is_peft
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.megatron import check_method, read_description
 from converter.hybrid import GPT

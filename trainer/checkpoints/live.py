@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from converter import families, hybrid, reference, run_config
-from converter.adapters.files import refuse_adapter
+from converter.adapter_files import refuse_adapter
 from converter.checks import check_equal
 from converter.config import make_model
 from converter.consistency import embedding_rows
@@ -42,6 +42,7 @@ from formats.megatron_reader import MegatronReader
 from formats.spec import Array, Reader, Region, dtype_name, extent, relative_to
 from trainer import collectives
 from trainer.checkpoints.quantized import in_full
+from trainer.dtypes import TORCH_DTYPES
 from trainer.model import GPTModelProvider
 from trainer.settings import hf_config
 
@@ -50,6 +51,7 @@ Choose = Callable[[dict[str, Any], Any], dict[str, Any]]
 PIECE_BYTES = 16 << 20
 
 _EXPERTS = ".experts.experts."
+_OF_ML_DTYPES = ("bf16", "fp8_e4m3", "fp8_e5m2")
 """In a key of stacked experts; their names have the expert's number instead of the second word."""
 
 
@@ -287,11 +289,10 @@ def _step(local: LocalShard, dtype: np.dtype[Any]) -> int:
 
 def as_tensor(data: Array) -> torch.Tensor:
     """Return a tensor of the same memory. torch has numpy's dtypes, but not the 8 and 16 bit floats of ml_dtypes."""
-    foreign = {"bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
     name = dtype_name(data.dtype)
-    if name not in foreign:
+    if name not in _OF_ML_DTYPES:
         return torch.from_numpy(data)
-    return torch.from_numpy(data.view(f"u{data.dtype.itemsize}")).view(foreign[name])
+    return torch.from_numpy(data.view(f"u{data.dtype.itemsize}")).view(TORCH_DTYPES[name])
 
 
 def _loaded(tensor_plans: Mapping[str, TensorPlan], reader: Reader) -> Loaded:

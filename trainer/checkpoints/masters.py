@@ -21,10 +21,10 @@ from formats.errors import UserError
 from formats.folder import LocalFolder
 from trainer import optim
 from trainer.checkpoints import live
+from trainer.dtypes import DTYPE_NAMES
 from trainer.model import unwrap
 
 _CAST = "weights that are in another dtype there"
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _ONCE = "fp32 weights, which `dp_reshardable` state is read into"
 
 
@@ -136,7 +136,7 @@ def _names(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[
             stored = reader.specs.get(local.name) if local else None
             if local is None or stored is None:
                 names.add(f"a weight of shape {list(weight.shape)}")
-            elif stored.stored_dtype != _DTYPES[weight.dtype]:
+            elif stored.stored_dtype != DTYPE_NAMES[weight.dtype]:
                 other_dtype.add(_CAST)
             else:
                 names.add(local.name)

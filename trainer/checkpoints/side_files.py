@@ -12,13 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from converter import families, run_config, side_files
+from converter.adapter_files import DESCRIPTION
 from converter.adapters.adapter import Base
-from converter.adapters.files import DESCRIPTION
 from converter.adapters.megatron import encode_description
 from converter.config import to_megatron
 from converter.config_hybrid import hybrid_fields
@@ -34,12 +33,12 @@ from formats.spec import DTYPES
 from trainer import tokenizers
 from trainer.checkpoints import adapters, iterations, live
 from trainer.config import RunConfig, TokenizerConfig
+from trainer.dtypes import DTYPE_NAMES
 from trainer.layers.pattern import is_hybrid, layers_of_each, symbols
 from trainer.model import GPTModelProvider
 from trainer.settings import hf_config, yaml_io
 
 _CONFIG = f"{side_files.FILES}/{side_files.CONFIG}"
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def collect(
@@ -157,7 +156,7 @@ def _run_config(model: GPTModelProvider, stages: Sequence[int]) -> bytes:
         pp_layout=stages,
         **({"ep": model.expert_model_parallel_size, "etp": model.expert_tensor_parallel_size} if model.num_moe_experts else {}),
     )
-    dtype = DTYPES[_NAMES[model.params_dtype]]
+    dtype = DTYPES[DTYPE_NAMES[model.params_dtype]]
     settings = {**megatron, **hf_config.not_in_hf_config(model)}
     settings = hybrid_fields(settings) if layers_of_each(model) == 2 else settings
     return run_config.make(settings, layout, dtype, vocab_multiple=model.make_vocab_size_divisible_by)

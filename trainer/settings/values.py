@@ -16,9 +16,10 @@ from megatron.core import activations
 from megatron.core.fusions import fused_bias_geglu
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from formats.dtypes import FLOATS
+from trainer.dtypes import TORCH_DTYPES
 from trainer.layers import xielu
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 _ACTIVATIONS = (
     torch.nn.functional,
     types.SimpleNamespace(quick_gelu=fused_bias_geglu.quick_gelu),  # megatron-core has two, and compares with this one
@@ -81,7 +82,7 @@ def _dtype(value: Any) -> torch.dtype:
     if isinstance(value, torch.dtype):
         return value
     name = str(value).removeprefix("torch.")
-    return _kept(_DTYPES.get(name) or getattr(torch, name, None), torch.dtype)
+    return _kept(TORCH_DTYPES[name] if name in FLOATS else getattr(torch, name, None), torch.dtype)
 
 
 def _member(value: Any, kind: type[Enum]) -> Enum:

@@ -25,7 +25,7 @@ Held = Mapping[str, Mapping[int, Sequence[Piece]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class Shard:
     """A region of a tensor, and the arrays that hold it, all the same: from `at` on in each, [columns, rows] if transposed."""
 
     region: Region
@@ -34,62 +34,62 @@ class Box:
     transposed: bool
 
     def stored(self, shared: Region) -> Region:
-        """Return where a part of the box is in its arrays."""
+        """Return where a part of the shard is in its arrays."""
         inside = relative_to(shared, self.region)
         moved = tuple([slice(part.start + at, part.stop + at) for part, at in zip(inside, self.at, strict=True)])
         return moved[::-1] if self.transposed else moved
 
 
 @dataclass(frozen=True, slots=True)
-class Boxes:
-    """A tensor as the boxes that tile it."""
+class Shards:
+    """A tensor as the shards that tile it."""
 
     dtype: np.dtype[Any]
-    boxes: tuple[Box, ...]
+    shards: tuple[Shard, ...]
 
     @property
     def shape(self) -> Shape:
-        return tuple(max(box.region[dim].stop for box in self.boxes) for dim in range(len(self.boxes[0].region)))
+        return tuple(max(shard.region[dim].stop for shard in self.shards) for dim in range(len(self.shards[0].region)))
 
-    def elsewhere(self, dtype: np.dtype[Any], locate: Callable[[StoredArray], StoredArray]) -> Boxes:
+    def elsewhere(self, dtype: np.dtype[Any], locate: Callable[[StoredArray], StoredArray]) -> Shards:
         """Return another tensor of the same shape and division, whose arrays are where `locate` says."""
-        return Boxes(dtype, tuple(replace(box, copies=tuple(locate(copy) for copy in box.copies)) for box in self.boxes))
+        return Shards(dtype, tuple(replace(shard, copies=tuple(locate(copy) for copy in shard.copies)) for shard in self.shards))
 
 
-class BoxesReader:
-    """A `Reader` of tensors in boxes. Closing it closes nothing."""
+class ShardedReader:
+    """A `Reader` of tensors in shards. Closing it closes nothing."""
 
-    def __init__(self, folder: Folder, tensors: Mapping[str, Boxes]) -> None:
+    def __init__(self, folder: Folder, tensors: Mapping[str, Shards]) -> None:
         self._folder, self.tensors = folder, tensors
         self.specs = {name: TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
     def chunks(self, name: str) -> list[Chunk]:
-        """Return where each box is stored: the first of its arrays, whole."""
+        """Return where each shard is stored: the first of its arrays, whole."""
         size = self.specs[name].dtype.itemsize
-        firsts = [(box.region, box.copies[0]) for box in self.tensors[name].boxes]
+        firsts = [(shard.region, shard.copies[0]) for shard in self.tensors[name].shards]
         return [
             Chunk(region, ArchiveLocation(stored.file, stored.offset, prod(stored.shape) * size)) for region, stored in firsts
         ]
 
     def read(self, name: str, region: Region, out: Array) -> None:
         """See `Reader.read`. Raises UserError where ranks that should hold the same do not."""
-        for box in self.tensors[name].boxes:
-            shared = intersect(box.region, region)
+        for shard in self.tensors[name].shards:
+            shared = intersect(shard.region, region)
             if shared is None:
                 continue
             target = out[(*relative_to(shared, region), ...)]
-            self._read(box.copies[0], box, shared, target)
-            for copy in box.copies[1:]:
+            self._read(shard.copies[0], shard, shared, target)
+            for copy in shard.copies[1:]:
                 other = np.empty(target.shape, target.dtype)
-                self._read(copy, box, shared, other)
+                self._read(copy, shard, shared, other)
                 if other.tobytes() != target.tobytes():
-                    raise _differ(name, box.copies[0], copy)
+                    raise _differ(name, shard.copies[0], copy)
 
-    def _read(self, stored: StoredArray, box: Box, shared: Region, out: Array) -> None:
-        if not box.transposed:
-            return read_region(self._folder, stored, box.stored(shared), out)
+    def _read(self, stored: StoredArray, shard: Shard, shared: Region, out: Array) -> None:
+        if not shard.transposed:
+            return read_region(self._folder, stored, shard.stored(shared), out)
         turned = np.empty(out.shape[::-1], out.dtype)
-        read_region(self._folder, stored, box.stored(shared), turned)
+        read_region(self._folder, stored, shard.stored(shared), turned)
         out[...] = turned.T
         return None
 
@@ -97,31 +97,31 @@ class BoxesReader:
         pass
 
 
-def merge(held: Held, ranks: int) -> dict[str, Boxes]:
+def merge(held: Held, ranks: int) -> dict[str, Shards]:
     """Put together what so many tensor-parallel ranks hold. Raises UserError where they do not fit together."""
     return {name: _merged(name, of_ranks, held, ranks) for name, of_ranks in held.items()}
 
 
-def _merged(name: str, of_ranks: Mapping[int, Sequence[Piece]], held: Held, ranks: int) -> Boxes:
+def _merged(name: str, of_ranks: Mapping[int, Sequence[Piece]], held: Held, ranks: int) -> Shards:
     first = next(iter(of_ranks.values()))[0]
     _check_same(name, of_ranks, ranks)
     axis = rank_names.partition_dim(name, ranks)
     if axis is None:
-        return Boxes(first.dtype, (_whole([piece for pieces in of_ranks.values() for piece in pieces]),))
+        return Shards(first.dtype, (_whole([piece for pieces in of_ranks.values() for piece in pieces]),))
     if axis >= len(first.shape):
         raise UserError(f"`{name}` has shape {list(first.shape)}, which ranks cannot divide along axis {axis}")
     blocks = 2 if axis == COLUMNS and GATED in name and _is_gated(name, first, held) else 1
-    return Boxes(first.dtype, tuple(_divided(of_ranks, axis, blocks)))
+    return Shards(first.dtype, tuple(_divided(of_ranks, axis, blocks)))
 
 
-def _whole(copies: Sequence[Piece]) -> Box:
+def _whole(copies: Sequence[Piece]) -> Shard:
     shape = copies[0].shape
     region = tuple(slice(0, size) for size in shape)
-    return Box(region, tuple(piece.stored for piece in copies), (0,) * len(shape), copies[0].transposed)
+    return Shard(region, tuple(piece.stored for piece in copies), (0,) * len(shape), copies[0].transposed)
 
 
-def _divided(held: Mapping[int, Sequence[Piece]], axis: int, blocks: int) -> Iterator[Box]:
-    """Yield the boxes of a tensor that ranks divide along an axis, each of its equal blocks separately."""
+def _divided(held: Mapping[int, Sequence[Piece]], axis: int, blocks: int) -> Iterator[Shard]:
+    """Yield the shards of a tensor that ranks divide along an axis, each of its equal blocks separately."""
     shape = next(iter(held.values()))[0].shape
     step, ranks = shape[axis] // blocks, len(held)
     for block in range(blocks):
@@ -129,7 +129,7 @@ def _divided(held: Mapping[int, Sequence[Piece]], axis: int, blocks: int) -> Ite
             start = (block * ranks + tp) * step
             region = tuple(slice(start, start + step) if dim == axis else slice(0, size) for dim, size in enumerate(shape))
             at = tuple(block * step if dim == axis else 0 for dim in range(len(shape)))
-            yield Box(region, tuple(piece.stored for piece in held[tp]), at, held[tp][0].transposed)
+            yield Shard(region, tuple(piece.stored for piece in held[tp]), at, held[tp][0].transposed)
 
 
 def _is_gated(name: str, piece: Piece, held: Held) -> bool:

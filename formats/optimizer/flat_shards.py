@@ -1,7 +1,7 @@
-"""A container in which some tensors are made of boxes, each of them a run of elements of something flat.
+"""A container in which some tensors are made of shards, each of them a run of elements of something flat.
 
 It makes optimizer state that is stored flat look like state in the shapes of the weights' keys, so that `TorchDistReader` names
-its tensors. What is where is left to the modules of each kind. A box costs a row of numbers, and reading no more than the region.
+its tensors. What is where is left to the modules of each kind. A shard costs a row of numbers; a read takes its region alone.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class FlatFile:
         self.folder.read_into(self.file, self.offset + start * out.dtype.itemsize, as_bytes(out))
 
 
-class FlatBoxes:
-    """See `Container`: all that `container` has, and beside it `tensors`, whose chunks are boxes made by `boxed`."""
+class FlatShards:
+    """See `Container`: all that `container` has, and beside it `tensors`, whose chunks are shards made by `sharded`."""
 
     def __init__(
         self, container: Container, tensors: Mapping[str, ChunkedTensor], sources: Mapping[str, Flat], labels: list[str]
@@ -104,8 +104,8 @@ class FlatBoxes:
         """Close nothing: the container is its opener's."""
 
 
-def boxed(spec: TensorSpec, bounds: Array, runs: Array, labels: list[str]) -> ChunkedTensor:
-    """Return a tensor of boxes: offsets and sizes in `bounds` [boxes, 2 * dims], in `runs` [boxes, 2] the number of its
+def sharded(spec: TensorSpec, bounds: Array, runs: Array, labels: list[str]) -> ChunkedTensor:
+    """Return a tensor of shards: offsets and sizes in `bounds` [shards, 2 * dims], in `runs` [shards, 2] the number of its
     source in `labels` and that of its first element there. Raises UserError unless they tile the shape."""
     dims = len(spec.shape)
     numbers = np.full((len(bounds), stride(dims)), -1, np.int64)
