@@ -27,8 +27,8 @@ def in_megatrons_words(state: Any) -> dict[str, Any]:
             step, optimizers = fields.get(_STEP), [_only(fields.get(name)) for name in _OPTIMIZERS]
         case _:
             return {}
-    found = next((each for each in optimizers if each), None)
-    return {**({"iteration": step} if is_size(step) else {}), **({"optimizer": found} if found else {})}
+    optimizer = next((each for each in optimizers if each), None)
+    return {**({"iteration": step} if is_size(step) else {}), **({"optimizer": optimizer} if optimizer else {})}
 
 
 def _only(optimizers: Any) -> dict[Any, Any] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tests.megatron_cpu import forward, load_strictly, sharded
+from tests.megatron_cpu import WITHOUT_CUDA, forward, load_strictly, sharded
 
 
 def logits_of(rank: int, model: tuple[dict, str, dict], iteration: str, tokens: list[list[int]]) -> Any:
@@ -101,13 +101,7 @@ def transformer_config(fields: dict, sizes: dict) -> Any:
         window_size=fields.get("window_size") and tuple(fields["window_size"]),
         attention_backend=AttnBackend.local,
         pipeline_dtype=torch.float32,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        **WITHOUT_CUDA,
         moe_token_dispatcher_type="alltoall",
     )
 

@@ -15,6 +15,17 @@ from typing import Any
 
 from tests import ranks
 
+WITHOUT_CUDA = {
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+}
+"""Fields of a TransformerConfig that switch megatron-core's CUDA kernels off."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -151,13 +162,7 @@ def _transformer_config(shape: Shape, fields: dict, experts: dict[str, Any]) -> 
         **experts,
         pipeline_model_parallel_layout=shape.layout,
         pipeline_dtype=torch.float32,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        **WITHOUT_CUDA,
         attention_backend=AttnBackend.local,
         overlap_p2p_comm=shape.vpp is not None,
         batch_p2p_comm=shape.vpp is None,

@@ -181,6 +181,11 @@ class FinetuningDatasetConfig:
     """Processes that read ahead, per rank; 0 reads in the training process."""
 
 
+def captures_steps(model: Any) -> bool:
+    """Return whether steps of a model are to be computed as one CUDA graph."""
+    return getattr(model, "cuda_graph_impl", "none") == "full_iteration"
+
+
 def is_packed(dataset: Any) -> bool:
     """Return whether the samples of a dataset section have `segment_ids`: rows of several documents or examples."""
     documents = getattr(dataset, "blend", None) or getattr(dataset, "blend_per_split", None)  # mock data has no documents

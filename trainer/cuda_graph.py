@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from formats.errors import UserError
+from trainer.config import captures_steps
 from trainer.loss import Inputs
 
 Compute = Callable[[Iterator[Inputs]], list[torch.Tensor]]
@@ -23,20 +24,15 @@ _BEYOND = 64
 """Tokens by which the bound of a row's segments exceeds the row, where a microbatch is one row: see `trainer.loss`."""
 
 
-def requested(model: Any) -> bool:
-    """Tell whether steps are to be computed as one graph."""
-    return getattr(model, "cuda_graph_impl", "none") == "full_iteration"
-
-
 def stream(model: Any) -> AbstractContextManager[Any]:
     """Return the context for all of a run's work on the GPU: a stream of its own where steps are captured. CUDA captures none of
     the default one, and gradients are added on the stream on which the model was made."""
-    return torch.cuda.stream(torch.cuda.Stream()) if requested(model) else nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream()) if captures_steps(model) else nullcontext()
 
 
 def refuse(model: Any) -> None:
     """Raise UserError where steps are to be captured: for a forward step of the user's own, whose inputs are not known."""
-    if requested(model):
+    if captures_steps(model):
         raise UserError(
             "`model.cuda_graph_impl` is `full_iteration`, and the run has a forward step of its own",
             hint="leave `model.cuda_graph_impl` out",

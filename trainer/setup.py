@@ -18,7 +18,7 @@ from trainer.checkpoints.contents import tokenizer_of_run
 from trainer.checkpoints.resume import resume
 from trainer.checkpoints.saver import Saver
 from trainer.checkpoints.state_dict import Parts, Progress
-from trainer.config import CheckpointConfig, FinetuningDatasetConfig, LoggerConfig, RunConfig, ValidationConfig
+from trainer.config import CheckpointConfig, FinetuningDatasetConfig, LoggerConfig, RunConfig, ValidationConfig, captures_steps
 from trainer.data import iterators
 from trainer.logging import layer_metrics, logger, metrics, summary
 from trainer.peft.attach import attach
@@ -82,7 +82,7 @@ def setup(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
 
 
 def _step_graph(config: RunConfig) -> cuda_graph.StepGraph | None:
-    if not cuda_graph.requested(config.model):
+    if not captures_steps(config.model):
         return None
     return cuda_graph.StepGraph(warmup_steps=config.model.cuda_graph_warmup_steps, sequence_length=config.dataset.sequence_length)
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from trainer.config import captures_steps
+
 
 class TokenCounts:
     """The tokens of each expert, int64 `[experts]`, in the place of a list."""
@@ -31,7 +33,7 @@ class TokenCounts:
 
 def counted_on_device(provider: Any, model: Any) -> None:
     """Leave the numbers on the GPU where a step is captured."""
-    if not provider.num_moe_experts or provider.cuda_graph_impl != "full_iteration":
+    if not provider.num_moe_experts or not captures_steps(provider):
         return
     for module in model.modules():
         dispatcher = getattr(module, "token_dispatcher", None)

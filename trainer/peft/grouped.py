@@ -57,16 +57,13 @@ class FrozenExperts:
         return self._stack
 
 
-class GroupedLayer(FrozenExperts, AdaptedLayer):
+class GroupedLayer(AdaptedLayer, FrozenExperts):
     """The mixin for a layer of several experts with an adapter."""
 
     def forward(self, layer_input: torch.Tensor, tokens_per_expert: Tokens) -> Any:  # type: ignore[override]
         """Run the layer, then the adapter. Return output and bias, as the layer does."""
-        if self._is_one_product(layer_input):
-            output, bias = grouped_linear(layer_input, self._stacked(), tokens_per_expert), None
-        else:
-            self._quantize_once()
-            output, bias = super(AdaptedLayer, self).forward(layer_input, tokens_per_expert)  # type: ignore[misc]
+        self._quantize_once()
+        output, bias = super(AdaptedLayer, self).forward(layer_input, tokens_per_expert)
         return self.adapter(output, layer_input, tokens_per_expert), bias
 
     def _frozen_weight(self) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.config import is_packed
+from trainer.config import captures_steps, is_packed
 from trainer.settings.rules import Rule, enforce
 
 SETTING = "model.cuda_graph_impl"
@@ -31,7 +31,7 @@ def _rules(config: Any, world_size: int) -> Iterator[Rule]:
     model, leave = config.model, f"leave `{SETTING}` out"
     message = f"`{SETTING}` is `{model.cuda_graph_impl}`"
     yield (
-        model.cuda_graph_impl != "full_iteration",
+        not captures_steps(model),
         f"{message}, and graphs of single layers are not captured",
         f"set `{SETTING}=full_iteration`, or leave it out",
     )
