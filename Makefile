@@ -13,6 +13,10 @@ WORKERS := -n 2 --dist loadfile
 
 NEWEST := $(VENV)-newest
 
+# uv takes a quarter of pip's time. pip is asked where uv finds no packages: it has its own settings for mirrors.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+install = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '$(1)' || $(PIP) --editable '$(1)'
+
 .PHONY: demo demo-training test test-slow test-newest check format clean
 
 demo: $(BASE)
@@ -51,16 +55,17 @@ format: $(FULL)
 $(BASE):
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), "mbtools needs Python 3.12, this is " + sys.version'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(PIP) uv
+	$(call install,.)
 	touch $@
 
 $(TRAIN): $(BASE)
 	@echo "installing torch and megatron-core, some minutes the first time"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
+	$(call install,.[train])
 	touch $@
 
 $(FULL): $(BASE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,check]'
+	$(call install,.[test,check])
 	touch $@
 
 clean:

@@ -19,11 +19,11 @@ from tests.family_models import STRICTLY, logits_of
 from tests.models import BASE, model_tree
 
 LAYOUTS = ({}, {"tp": 2, "pp": 2})
-EXPERT_LAYOUTS = ({}, {"tp": 2, "ep": 2}, {"tp": 2, "pp": 2, "ep": 2, "etp": 1})
+EXPERT_LAYOUTS = ({}, {"tp": 2, "pp": 2, "ep": 2, "etp": 1})
 """Of families with experts."""
 
 MORE_LAYOUTS = ({"tp": 2},)
-MORE_EXPERT_LAYOUTS = ({"tp": 2}, {"tp": 2, "pp": 2}, {"ep": 2})
+MORE_EXPERT_LAYOUTS = ({"tp": 2}, {"tp": 2, "pp": 2}, {"ep": 2}, {"tp": 2, "ep": 2})
 """The slow ones."""
 
 TOKENS = np.random.default_rng(5).integers(0, 384, (2, 24)).tolist()
@@ -161,7 +161,7 @@ def more_runs(family):
     if not fields.get("num_moe_experts"):
         return MORE_RUNS
     most = fields.get(ETP, 2)
-    return MORE_RUNS | {name: settings for name, settings in MORE_EXPERT_RUNS.items() if settings.get(ETP, 1) <= most}
+    return RUNS | MORE_RUNS | {name: settings for name, settings in MORE_EXPERT_RUNS.items() if settings.get(ETP, 1) <= most}
 
 
 def ranks_of(settings):
@@ -181,7 +181,7 @@ def check_logits(ranks, folder, work, *, runs=None, more="", attention="eager", 
     config, iteration = json.loads((folder / "config.json").read_text()), str(work / "megatron" / "iter_0000000")
     expected = transformers_logits(folder, attention)
     largest = np.abs(expected).max()
-    for name, settings in _cut_by_sequence(config, runs or {**RUNS, **(EXPERT_RUNS if experts else {})}).items():
+    for name, settings in _cut_by_sequence(config, runs or (EXPERT_RUNS if experts else RUNS)).items():
         answers = ranks.run(logits_of, ranks_of(settings), (config, settings, str(more)), iteration, TOKENS, load)
         assert all("_extra_state" in key for left, _ in answers for key in left), name
         for logits in (found for _, found in answers if found is not None):

@@ -277,6 +277,7 @@ def test_what_ranks_left_behind_is_removed_by_one_process_alone(tmp_path, start)
     for rank in ranks:
         rank.until("wrote")
         rank.send_signal(signal.SIGKILL)
+        rank.wait()
     with Rendezvous(tmp_path / "out.partial-1.ranks", 0, 1, "alone", target=tmp_path / "out", patience=SHORT):
         pass
     assert names(tmp_path) == ["out.partial-1"]

@@ -6,6 +6,7 @@ others would send is not there, and what this rank builds, computes and sends is
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,6 +144,7 @@ def observe_gpu(changes: dict[str, Any], _world: int) -> dict[str, Any]:
     from trainer.loop import pretrain
 
     observer = Observer()
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -151,7 +153,7 @@ def observe_gpu(changes: dict[str, Any], _world: int) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         _leave()
-    kernels = sorted((event.key, event.count) for event in profiled.key_averages())
+    kernels = {event.key: event.count for event in profiled.key_averages()}
     return {**observer.seen, "kernels": kernels, "memory": torch.cuda.max_memory_allocated()}
 
 
@@ -188,27 +190,46 @@ class Trial:
 
 
 Look = Callable[[dict[str, Any], int], dict[str, Any]]
+Leaves = dict[tuple[Any, ...], Any]
+_VARIES, _ABSENT = object(), object()
 
 
-def differences(trials: dict[str, Trial], look: Look = observe) -> dict[str, list[str]]:
+def differences(trials: dict[str, Trial], look: Look = observe, before: int = 2, after: int = 1) -> dict[str, list[str]]:
     """For each setting: which parts of what `look` sees are other ones with its value than without; or the error.
 
-    A part that is not the same in two runs of the same settings counts for nothing.
+    `before` and `after` are how many runs there are without and with it. What is not the same in all of them counts for nothing.
     """
-    seen: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    seen: dict[str, Leaves] = {}
     found: dict[str, list[str]] = {}
     for setting, trial in trials.items():
-        key = repr((trial.base, trial.world))
-        if key not in seen:
-            seen[key] = _twice(lambda trial=trial: look(trial.base, trial.world))
-        once, again = seen[key]
-        after = look({**trial.base, setting: trial.value}, trial.world)
-        changed = [part for part in after if again.get(part) != after[part] and once.get(part) == again.get(part)]
-        found[setting] = changed if "error" not in after else [after["error"]]
+        base = repr((trial.base, trial.world))
+        if base not in seen:
+            look(trial.base, trial.world)  # what a process does once is done
+            seen[base] = _common([look(trial.base, trial.world) for _ in range(before)])
+            assert ("error",) not in seen[base], seen[base]
+        with_it = _common([look({**trial.base, setting: trial.value}, trial.world) for _ in range(after)])
+        found[setting] = [with_it["error",]] if ("error",) in with_it else _changed(seen[base], with_it)
     return found
 
 
-def _twice(look: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two runs of the same settings. If they differ, the first may have done what a process does once: it is not counted."""
-    once, again = look(), look()
-    return (once, again) if once == again else (again, look())
+def _common(looks: list[dict[str, Any]]) -> Leaves:
+    """Numbers, texts and types by their place; `_VARIES` where they are not the same in all runs."""
+    runs = [dict(_leaves(one)) for one in looks]
+    return {
+        place: runs[0][place] if all(run.get(place, _ABSENT) == runs[0].get(place, _VARIES) for run in runs) else _VARIES
+        for place in {place for run in runs for place in run}
+    }
+
+
+def _leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if not isinstance(value, (dict, list, tuple)):
+        yield place, value
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(item, (*place, key))
+
+
+def _changed(before: Leaves, after: Leaves) -> list[str]:
+    """Return the parts with a leaf that another one has taken the place of, or that is there on one side only."""
+    pairs = {place: (before.get(place, _ABSENT), after.get(place, _ABSENT)) for place in {**before, **after}}
+    return sorted({str(place[0]) for place, pair in pairs.items() if _VARIES not in pair and pair[0] != pair[1]})

@@ -22,19 +22,22 @@ TP1, TP2 = {}, {"tensor_model_parallel_size": 2}
 PRECISIONS = {"fp32": "float32", "bf16_mixed": "bfloat16"}
 
 
-def logits_of_each(work: str, names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+Tokens = list[list[int]]
+
+
+def logits_of_each(work: str, names: list[str], settings: dict[str, Any], tokens: Tokens = TOKENS) -> dict[str, Any]:
     """Of every family and precision: logits of the model that `mbtrain` builds, or what went wrong."""
     found = {}
     for name in names:
         for precision in PRECISIONS:
             try:
-                found[name, precision] = _logits(Path(work) / name, precision, settings)
+                found[name, precision] = _logits(Path(work) / name, precision, settings, tokens)
             except Exception:
                 found[name, precision] = traceback.format_exc()
     return found
 
 
-def _logits(folder: Path, precision: str, settings: dict[str, Any]) -> torch.Tensor:
+def _logits(folder: Path, precision: str, settings: dict[str, Any], tokens: Tokens) -> torch.Tensor:
     from tests.megatron_cpu import load_strictly
     from trainer import model, parallel
     from trainer.config import RunConfig
@@ -42,7 +45,7 @@ def _logits(folder: Path, precision: str, settings: dict[str, Any]) -> torch.Ten
     from trainer.settings.resolve import resolve
 
     run = RunConfig(model=from_hf_config(json.loads((folder / "hf" / "config.json").read_text())), mixed_precision=precision)
-    run.optimizer.lr, run.dataset.sequence_length = 1e-4, len(TOKENS[0])
+    run.optimizer.lr, run.dataset.sequence_length = 1e-4, len(tokens[0])
     for name, value in settings.items():
         setattr(run.model, name, value)
     resolved = resolve(run, world_size=parallel.world_size(), device="gpu").config
@@ -51,7 +54,7 @@ def _logits(folder: Path, precision: str, settings: dict[str, Any]) -> torch.Ten
         chunk = chunk.to(resolved.model.params_dtype).eval()
         left = load_strictly([chunk], str(folder / f"megatron_{precision}" / "iter_0000000"))
         assert not left, left
-        ids = torch.tensor(TOKENS, device="cuda")
+        ids = torch.tensor(tokens, device="cuda")
         positions = torch.arange(ids.shape[1], device="cuda").expand_as(ids)
         return chunk(ids, positions, None, runtime_gather_output=True).float().cpu()
 
@@ -83,13 +86,13 @@ def skip_without_kernels(errors: list[str]) -> None:
         pytest.skip("needs flash-linear-attention")
 
 
-def by_transformers(folder: Path, dtype: str) -> torch.Tensor:
+def by_transformers(folder: Path, dtype: str, tokens: Tokens = TOKENS) -> torch.Tensor:
     from transformers import AutoConfig
 
     kind = auto_class(AutoConfig.from_pretrained(folder))
     model = kind.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").cuda().eval()
     with torch.no_grad():
-        return model(torch.tensor(TOKENS, device="cuda")).logits.float().cpu()
+        return model(torch.tensor(tokens, device="cuda")).logits.float().cpu()
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -20,8 +20,13 @@ pytestmark = pytest.mark.gpu
 
 SHAPE = {"model.hidden_size": 128, "model.ffn_hidden_size": 256, "model.seq_length": 128, "dataset.sequence_length": 128,
          "dist.device": "gpu", "mixed_precision": "bf16_mixed"}  # fmt: skip
-FP8 = {**SHAPE, "mixed_precision": "bf16_with_fp8_delayed_scaling_mixed"}
-WIDE_HEADS = {**FP8, "model.hidden_size": 256}  # on Hopper, FP8 attention takes heads of 128 and delayed scaling
+FP8 = {**SHAPE, "mixed_precision": "bf16_with_fp8_delayed_scaling_mixed", "model.attention_backend": AttnBackend.unfused}
+"""Its numbers are the same in each run, since the kernels of its attention add in the same order."""
+WIDE_HEADS = {
+    **FP8,
+    "model.hidden_size": 256,
+    "model.attention_backend": AttnBackend.auto,
+}  # on Hopper, FP8 attention takes heads of 128 and delayed scaling
 SCALED = {**SHAPE, "mixed_precision": "bf16_with_fp8_current_scaling_mixed", "model.num_layers": 4}
 FP16 = {**SHAPE, "mixed_precision": "fp16_mixed"}
 MOE = {**SHAPE, "model.num_moe_experts": 4, "model.moe_ffn_hidden_size": 128, "model.moe_token_dispatcher_type": "alltoall"}
@@ -56,7 +61,6 @@ ON_ONE_GPU: dict[str, Trial] = {
     "model.fp8_wgrad": Trial(False, FP8),
     "model.fp8_dot_product_attention": Trial(True, WIDE_HEADS),
     "model.fp8_multi_head_attention": Trial(True, {**WIDE_HEADS, "model.fp8_dot_product_attention": True}),
-    "model.tp_only_amax_red": Trial(True, FP8),
     "model.first_last_layers_bf16": Trial(False, SCALED),
     "model.num_layers_at_start_in_bf16": Trial(2, SCALED),
     "model.num_layers_at_end_in_bf16": Trial(2, SCALED),
@@ -91,6 +95,7 @@ ON_TWO_GPUS: dict[str, Trial] = {
     "model.clone_scatter_output_in_embedding": Trial(False, TP2),
     "model.batch_p2p_sync": Trial(False, {**SHAPE, "model.pipeline_model_parallel_size": 2}),
     "model.cp_comm_type": Trial("a2a", {**SHAPE, "model.context_parallel_size": 2, "model.num_query_groups": 2}),
+    "model.tp_only_amax_red": Trial(True, FP8),
     "model.tp_comm_bulk_wgrad": Trial(False, OVERLAPPED),
     "model.tp_comm_bulk_dgrad": Trial(False, OVERLAPPED),
     "model.tp_comm_overlap_ag": Trial(False, OVERLAPPED),
@@ -101,6 +106,17 @@ ON_TWO_GPUS: dict[str, Trial] = {
     "model.tp_comm_overlap_disable_fc1": Trial(True, OVERLAPPED),
 }  # fmt: skip
 
+
+SAME = {
+    "train.train_iters": Trial(observed.STEPS, SHAPE),
+    "train.global_batch_size": Trial(2, FP8),
+    "train.micro_batch_size": Trial(1, MOE),
+    "logger.log_interval": Trial(7, OFFLOADED),
+}
+"""What changes nothing: values that are there already, and a line that two steps do not reach."""
+
+BEFORE, AFTER = 3, 2
+"""Runs without and with a value: numbers of a GPU are not the same in each, and what varies counts for nothing."""
 
 PROCESSES, TRIALS_EACH = 8, 3
 """How many processes share the GPU, and how many settings each of them tries at most: a process takes half a minute to start."""
@@ -115,11 +131,15 @@ def groups(trials: dict[str, Trial]) -> list[dict[str, Trial]]:
     return [{setting: trials[setting] for setting in part} for part in parts]
 
 
+def _differences(ranks: Any, trials: dict[str, Trial], world: int = 1) -> list[dict[str, list[str]]]:
+    return ranks.run(observed.differences, world, trials, observed.observe_gpu, BEFORE, AFTER)
+
+
 @pytest.fixture(scope="module")
 def changed(ranks: Any) -> dict[str, list[str]]:
     """What each setting that one GPU can try changes."""
     with ThreadPoolExecutor(PROCESSES) as pool:
-        results = pool.map(lambda group: ranks.run(observed.differences, 1, group, observed.observe_gpu), groups(ON_ONE_GPU))
+        results = pool.map(lambda group: _differences(ranks, group), groups(ON_ONE_GPU))
         return {setting: parts for (result,) in results for setting, parts in result.items()}
 
 
@@ -129,12 +149,16 @@ def test_a_setting_changes_a_run_on_a_gpu(setting: str, changed: dict[str, list[
     assert {*observed.PARTS, "attributes", "kernels", "memory"}.issuperset(changed[setting])
 
 
+def test_what_changes_nothing_is_no_change(ranks: Any) -> None:
+    assert _differences(ranks, SAME) == [{setting: [] for setting in SAME}]
+
+
 @pytest.fixture(scope="module")
 def changed_on_two(ranks: Any) -> list[dict[str, list[str]]]:
     """What each setting that two GPUs can try changes, on each of them."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    return ranks.run(observed.differences, 2, ON_TWO_GPUS, observed.observe_gpu)
+    return _differences(ranks, ON_TWO_GPUS, 2)
 
 
 @pytest.mark.parametrize("setting", ON_TWO_GPUS)
