@@ -15,6 +15,7 @@ NEWEST := $(VENV)-newest
 
 # uv takes a quarter of pip's time. pip is asked where uv finds no packages: it has its own settings for mirrors.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+comma := ,
 install = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '$(1)' || $(PIP) --editable '$(1)'
 
 .PHONY: demo demo-training test test-slow test-newest check format clean
@@ -65,7 +66,7 @@ $(TRAIN): $(BASE)
 	touch $@
 
 $(FULL): $(BASE)
-	$(call install,.[test,check])
+	$(call install,.[test$(comma)check])
 	touch $@
 
 clean:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
@@ -186,9 +187,15 @@ _ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 """Variables that megatron-core sets for a model's attention; it fails where they are set for another model."""
 
 
+_ATTENTION_MODULE = "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention"
+
+
 @contextmanager
 def environment_restored() -> Iterator[None]:
-    """Restore the environment variables that a model sets, so that another model can follow in this process."""
+    """Restore what a model's attention leaves in this process, so that another model can follow.
+
+    Transformer Engine keeps the kernels that it chose for the last model, whatever the variables say by then.
+    """
     before = {name: os.environ.get(name) for name in _ATTENTION}
     try:
         yield
@@ -197,6 +204,8 @@ def environment_restored() -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+        chosen = getattr(sys.modules.get(_ATTENTION_MODULE), "_attention_backends", {})
+        chosen["backend_selection_requires_update"] = True
 
 
 def backend(kind: str) -> AbstractContextManager[None]:
