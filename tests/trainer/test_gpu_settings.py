@@ -30,7 +30,15 @@ WIDE_HEADS = {
 SCALED = {**SHAPE, "mixed_precision": "bf16_with_fp8_current_scaling_mixed", "model.num_layers": 4}
 FP16 = {**SHAPE, "mixed_precision": "fp16_mixed"}
 MOE = {**SHAPE, "model.num_moe_experts": 4, "model.moe_ffn_hidden_size": 128, "model.moe_token_dispatcher_type": "alltoall"}
-OFFLOADED = {**SHAPE, "model.cpu_offloading": True, "model.cpu_offloading_num_layers": 1}
+LARGE = {
+    **SHAPE,
+    "model.hidden_size": 512,
+    "model.ffn_hidden_size": 1024,
+    "model.seq_length": 1024,
+    "dataset.sequence_length": 1024,
+}
+"""Transformer Engine offloads nothing that has fewer than 256k elements."""
+OFFLOADED = {**LARGE, "model.cpu_offloading": True, "model.cpu_offloading_num_layers": 1}
 PRECISE = {**SHAPE, "ddp.use_distributed_optimizer": True, "optimizer.use_precision_aware_optimizer": True}
 ON_CPU = {**SHAPE, "ddp.use_distributed_optimizer": True, "optimizer.optimizer_cpu_offload": True,
           "optimizer.optimizer_offload_fraction": 1.0}  # fmt: skip
@@ -46,21 +54,16 @@ ON_ONE_GPU: dict[str, Trial] = {
     "model.cross_entropy_fusion_impl": Trial("native", {**SHAPE, "model.cross_entropy_loss_fusion": True}),
     "model.gradient_accumulation_fusion": Trial(False, SHAPE),
     "model.fused_single_qkv_rope": Trial(True, SHAPE),
-    "model.fused_residual_rmsnorm": Trial(True, SHAPE),
+    "model.fused_residual_rmsnorm": Trial(True, MOE),
     "model.use_te_activation_func": Trial(True, {**SHAPE, "model.bias_activation_fusion": False}),
     "model.disable_parameter_transpose_cache": Trial(True, FP8),
-    "model.cpu_offloading": Trial(True, {**SHAPE, "model.cpu_offloading_num_layers": 1}),
+    "model.cpu_offloading": Trial(True, {**LARGE, "model.cpu_offloading_num_layers": 1}),
     "model.cpu_offloading_num_layers": Trial(2, {**OFFLOADED, "model.num_layers": 4}),
-    "model.cpu_offloading_weights": Trial(True, OFFLOADED),
-    "model.cpu_offloading_double_buffering": Trial(True, OFFLOADED),
-    "model.cpu_offloading_retain_pinned_cpu_buffers": Trial(True, OFFLOADED),
     "model.activation_func_fp8_input_store": Trial(True, FP8),
     "model.fp8_margin": Trial(2, FP8),
     "model.fp8_amax_history_len": Trial(2, FP8),
-    "model.fp8_amax_compute_algo": Trial("most_recent", FP8),
-    "model.fp8_wgrad": Trial(False, FP8),
+    "model.fp8_amax_compute_algo": Trial("most_recent", {**FP8, "train.global_batch_size": 8}),
     "model.fp8_dot_product_attention": Trial(True, WIDE_HEADS),
-    "model.fp8_multi_head_attention": Trial(True, {**WIDE_HEADS, "model.fp8_dot_product_attention": True}),
     "model.first_last_layers_bf16": Trial(False, SCALED),
     "model.num_layers_at_start_in_bf16": Trial(2, SCALED),
     "model.num_layers_at_end_in_bf16": Trial(2, SCALED),
@@ -72,18 +75,17 @@ ON_ONE_GPU: dict[str, Trial] = {
     "model.moe_router_padding_for_fp8": Trial(True, {**MOE, "mixed_precision": FP8["mixed_precision"]}),
     "optimizer.use_precision_aware_optimizer": Trial(True, {**SHAPE, "ddp.use_distributed_optimizer": True}),
     "optimizer.store_param_remainders": Trial(False, PRECISE),
-    "optimizer.main_grads_dtype": Trial(torch.bfloat16, {**PRECISE, "ddp.grad_reduce_in_fp32": False}),
     "optimizer.main_params_dtype": Trial(torch.float16, {**PRECISE, "optimizer.store_param_remainders": False}),
     "optimizer.exp_avg_dtype": Trial(torch.bfloat16, PRECISE),
     "optimizer.exp_avg_sq_dtype": Trial(torch.bfloat16, PRECISE),
     "optimizer.loss_scale": Trial(128.0, FP16),
     "optimizer.initial_loss_scale": Trial(256.0, FP16),
     "optimizer.min_loss_scale": Trial(2.0**32, {**FP16, "optimizer.hysteresis": 1}),
-    "optimizer.loss_scale_window": Trial(1, FP16),
+    "optimizer.loss_scale_window": Trial(1, {**FP16, "optimizer.initial_loss_scale": 256.0}),
     "optimizer.hysteresis": Trial(1, FP16),
     "optimizer.optimizer_cpu_offload": Trial(True, {**SHAPE, "ddp.use_distributed_optimizer": True}),
     "optimizer.optimizer_offload_fraction": Trial(0.5, ON_CPU),
-    "optimizer.use_torch_optimizer_for_cpu_offload": Trial(True, ON_CPU),
+    "optimizer.use_torch_optimizer_for_cpu_offload": Trial(True, {**ON_CPU, "optimizer.optimizer_offload_fraction": 0.5}),
     "optimizer.overlap_cpu_optimizer_d2h_h2d": Trial(True, ON_CPU),
     "optimizer.pin_cpu_grads": Trial(False, ON_CPU),
     "optimizer.pin_cpu_params": Trial(False, ON_CPU),
@@ -118,7 +120,7 @@ SAME = {
 BEFORE, AFTER = 3, 2
 """Runs without and with a value: numbers of a GPU are not the same in each, and what varies counts for nothing."""
 
-PROCESSES, TRIALS_EACH = 8, 3
+PROCESSES, TRIALS_EACH = 12, 4
 """How many processes share the GPU, and how many settings each of them tries at most: a process takes half a minute to start."""
 
 

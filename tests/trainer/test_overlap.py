@@ -8,11 +8,16 @@ import pytest
 
 from formats.errors import UserError
 from tests.trainer.settings import settings
+from trainer.settings import overrides
 from trainer.settings.overlap import defaults
 
 
 def chosen(*, data_parallel: int = 1, device: str = "gpu", **changes: Any) -> dict[str, Any]:
-    choices = defaults(settings(**changes), data_parallel=data_parallel, device=device)
+    return _chosen(settings(**changes), data_parallel=data_parallel, device=device)
+
+
+def _chosen(config: Any, *, data_parallel: int, device: str = "gpu") -> dict[str, Any]:
+    choices = defaults(config, data_parallel=data_parallel, device=device)
     assert all(choice.why for choice in choices)
     return {choice.setting: choice.value for choice in choices}
 
@@ -88,6 +93,12 @@ def test_what_was_asked_for_wins() -> None:
     assert not asked["ddp.overlap_grad_reduce"]
     assert not asked["ddp.overlap_param_gather"]
     assert chosen(data_parallel=2, device="cpu", ddp__overlap_grad_reduce=True)["ddp.overlap_grad_reduce"]
+
+
+def test_what_was_asked_for_wins_also_where_it_is_megatron_cores_default() -> None:
+    config = settings()
+    overrides.apply(config, ["ddp.overlap_grad_reduce=false"])
+    assert not _chosen(config, data_parallel=2)["ddp.overlap_grad_reduce"]
 
 
 def test_two_places_that_disagree_are_named() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from formats.errors import UserError
 from tests.trainer.settings import HOPPER, settings
-from trainer.settings import precision
+from trainer.settings import overrides, precision, yaml_io
 from trainer.settings.precision import Machine
 
 pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated:UserWarning")  # megatron-core's own default
@@ -58,10 +58,21 @@ def test_a_starting_value_yields_to_the_users() -> None:
     config = settings(model__fp8_amax_history_len=16)
     precision.apply("bf16_with_fp8_delayed_scaling_mixed", config)
     assert (config.model.fp8_amax_history_len, config.model.fp8_amax_compute_algo) == (16, "max")
-    assert config.ddp.grad_reduce_in_fp32
-    config = settings(ddp__grad_reduce_in_fp32=False)
-    precision.apply("bf16_mixed", config)
-    assert config.ddp.grad_reduce_in_fp32 is False
+
+
+@pytest.mark.parametrize("given", ["overrides", "document"])
+def test_a_starting_value_yields_to_the_users_also_where_that_is_megatron_cores_default(given: str) -> None:
+    name, config = "bf16_with_fp8_delayed_scaling_mixed", settings()
+    if given == "overrides":
+        overrides.apply(config, ["model.fp8_amax_compute_algo=most_recent", "ddp.grad_reduce_in_fp32=false"])
+    else:
+        yaml_io.apply(config, {"model": {"fp8_amax_compute_algo": "most_recent"}, "ddp": {"grad_reduce_in_fp32": False}})
+    for copied in (config, copy.deepcopy(config)):
+        precision.apply(name, copied)
+        assert (copied.model.fp8_amax_compute_algo, copied.ddp.grad_reduce_in_fp32) == ("most_recent", False)
+    overrides.apply(config, ["~model.fp8_amax_compute_algo"])
+    precision.apply(name, config)
+    assert config.model.fp8_amax_compute_algo == "max"
 
 
 def test_a_field_set_to_something_else_is_a_contradiction() -> None:

@@ -26,8 +26,31 @@ def holder_and_field(config: Any, setting: str) -> tuple[Any, str]:
     return config, name
 
 
+_BY_NAME = "_settings_by_name"
+
+
+def note_explicit(holder: Any, name: str) -> None:
+    """Remember that a command line or a document has set this field: its value may be its class's default."""
+    if hasattr(holder, "__dict__"):
+        vars(holder).setdefault(_BY_NAME, set()).add(name)
+
+
+def forget_explicit(holder: Any, name: str) -> None:
+    """Take a field for one that nobody has set."""
+    getattr(holder, _BY_NAME, set[str]()).discard(name)
+
+
 def explicit_value(config: Any, setting: str) -> Any:
-    """Return the value that a field was set to, or None where it has its class's default or does not exist."""
+    """Return the value that a field was set to, or None where it was not set, or does not exist.
+
+    Python code that assigns a class's default has not set anything: it cannot be told from an open field.
+    """
+    part, name = holder_and_field(config, setting)
+    return getattr(part, name, None) if name in getattr(part, _BY_NAME, ()) else changed_value(config, setting)
+
+
+def changed_value(config: Any, setting: str) -> Any:
+    """Return the value of a field, or None where it has its class's default or does not exist."""
     part, name = holder_and_field(config, setting)
     value = getattr(part, name, None)
     return None if value == getattr(type(part), name, None) else value

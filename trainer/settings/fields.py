@@ -15,6 +15,7 @@ from typing import Any, Optional, get_type_hints
 
 from formats.errors import UserError, format_untrusted
 from trainer.settings import groups
+from trainer.settings.defaults import forget_explicit, note_explicit
 from trainer.settings.values import MismatchError, convert, expected
 
 ALIASES = {
@@ -136,6 +137,7 @@ class FieldPath:
                 f"`{self.name}` cannot be set: `{type(self.holder).__name__}` is a frozen dataclass",
                 hint="define the class without `frozen=True`",
             ) from None
+        note_explicit(self.holder, self.key)
 
     def _set_group(self, value: Any) -> None:
         chosen, rest = groups.split_group(self.name, value, self.value)
@@ -166,6 +168,7 @@ class FieldPath:
         if default is dataclasses.MISSING:
             raise UserError(f"`{self.name}` has no default to go back to", hint="set it to what it should be")
         setattr(self.holder, self.key, default)
+        forget_explicit(self.holder, self.key)
 
 
 def fits_text(kind: Any) -> bool:

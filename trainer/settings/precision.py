@@ -3,8 +3,7 @@
 The names are Megatron-Bridge's. Of shapes, knows only the multiples that FP8 needs.
 
 A name decides its fields. An explicit field with another value contradicts it and is refused, except for the few fields under
-`Precision.starting`, where the explicit value stays. A field that is explicitly set to its class's default cannot be told from an
-open one, and is overwritten.
+`Precision.starting`, where the explicit value stays. A field that has its class's default contradicts nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from megatron.core.fp8_utils import get_fp8_align_size
 
 from formats.errors import UserError
-from trainer.settings.defaults import Default, apply_defaults, explicit_value, holder_and_field
+from trainer.settings.defaults import Default, apply_defaults, changed_value, explicit_value, holder_and_field
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +177,7 @@ def _weights(chosen: Precision, ddp: Any) -> dict[str, bool]:
 
 
 def _agree(config: Any, setting: str, value: Any, *, name: str) -> None:
-    explicit = explicit_value(config, setting)
+    explicit = changed_value(config, setting)
     if explicit is not None and explicit != value:
         raise UserError(
             f"`{setting}` is `{explicit}`, but `mixed_precision={name}` makes it `{value}`",

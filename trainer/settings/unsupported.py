@@ -54,7 +54,9 @@ NEVER: dict[str, dict[str, str]] = {
         "it needs APEX, which no package index has": """defer_embedding_wgrad_compute wgrad_deferral_limit
             memory_efficient_layer_norm""",
         "Transformer Engine does not read it any more": """tp_comm_split_ag tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs
-            fp8_interval""",
+            fp8_interval fp8_wgrad cpu_offloading_weights cpu_offloading_double_buffering""",
+        "CUDA graphs of offloaded layers are not captured": "cpu_offloading_retain_pinned_cpu_buffers",
+        "what attention in FP8 takes and gives is bf16 (`model.fp8_dot_product_attention`)": "fp8_multi_head_attention",
         "NCCL starts Transformer Engine's buffers": "tp_comm_bootstrap_backend",
         "versions of flash-attn were not tried": "flash_attention_version",
         "megatron-core does not read it": "apply_residual_connection_post_layernorm moe_token_dropping",
@@ -100,6 +102,7 @@ NEVER: dict[str, dict[str, str]] = {
         "the run's log has a clock of its own": "timers barrier_with_L1_time",
         "a run's settings are kept in its own folder": "config_logger_dir",
         "the log has no such figure": "log_num_zeros_in_grad",
+        "gradients are added in what `ddp.grad_reduce_in_fp32` says": "main_grads_dtype",
         "only Adam and SGD were tried": """use_layer_wise_distributed_optimizer muon_momentum muon_split_qkv muon_nesterov
             muon_scale_mode muon_fp32_matmul_prec muon_coefficient_type muon_num_ns_steps muon_tp_mode
             muon_extra_scale_factor muon_scalar_optimizer lion_beta1 lion_beta2 soap_shampoo_beta soap_precondition_frequency
