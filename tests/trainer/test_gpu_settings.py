@@ -85,7 +85,6 @@ ON_ONE_GPU: dict[str, Trial] = {
     "optimizer.hysteresis": Trial(1, FP16),
     "optimizer.optimizer_cpu_offload": Trial(True, {**SHAPE, "ddp.use_distributed_optimizer": True}),
     "optimizer.optimizer_offload_fraction": Trial(0.5, ON_CPU),
-    "optimizer.use_torch_optimizer_for_cpu_offload": Trial(True, {**ON_CPU, "optimizer.optimizer_offload_fraction": 0.5}),
     "optimizer.overlap_cpu_optimizer_d2h_h2d": Trial(True, ON_CPU),
     "optimizer.pin_cpu_grads": Trial(False, ON_CPU),
     "optimizer.pin_cpu_params": Trial(False, ON_CPU),

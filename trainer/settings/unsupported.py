@@ -102,6 +102,7 @@ NEVER: dict[str, dict[str, str]] = {
         "the run's log has a clock of its own": "timers barrier_with_L1_time",
         "a run's settings are kept in its own folder": "config_logger_dir",
         "the log has no such figure": "log_num_zeros_in_grad",
+        "megatron-core chooses its optimizers for the CPU whatever it says": "use_torch_optimizer_for_cpu_offload",
         "gradients are added in what `ddp.grad_reduce_in_fp32` says": "main_grads_dtype",
         "only Adam and SGD were tried": """use_layer_wise_distributed_optimizer muon_momentum muon_split_qkv muon_nesterov
             muon_scale_mode muon_fp32_matmul_prec muon_coefficient_type muon_num_ns_steps muon_tp_mode
