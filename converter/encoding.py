@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from converter import provenance
-from converter.carried import schemes, side_tensor_names
 from converter.dequantization import weights_of
 from converter.plan import Piece, TensorPlan, as_stored, pieces
 from converter.planned_reader import PlannedReader
 from converter.run import PIECE_BYTES, PieceBuffers, in_threads
 from converter.side_files import HFReference
+from converter.side_tensors import schemes, side_tensor_names
 from formats.folder import Folder
 from formats.huggingface import specs_of
 from formats.quantized.encoded import ChangedError, EncodedReader, stored_name

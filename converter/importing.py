@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from converter import families, prediction_layers, reference, run_config, side_files
-from converter.carried import kept_weights, open_side_tensors
 from converter.checkpoint_files import CheckpointFormat, writer_of
 from converter.checks import check_equal
 from converter.comparison import CheckpointView
@@ -31,6 +30,7 @@ from converter.provenance import Provenance
 from converter.quantization import is_plain, quantization
 from converter.recognize import refuse_unfit
 from converter.side_files import SideFiles
+from converter.side_tensors import kept_weights, open_side_tensors
 from converter.sources import Source
 from converter.values import KEEP, dtype_of_most_parameters
 from converter.views import megatron_view, tied

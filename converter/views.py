@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from converter import families, prediction_layers, provenance, reference
-from converter.carried import open_side_tensors, schemes
 from converter.comparison import CheckpointView
 from converter.config import make_model
 from converter.dequantization import dequantized, weights_of
@@ -22,6 +21,7 @@ from converter.planner import to_huggingface
 from converter.reference import UnknownModelError
 from converter.rules import extra_names, tied_names
 from converter.side_files import CONFIG, EXTRAS, HFReference, config_of
+from converter.side_tensors import open_side_tensors, schemes
 from converter.spellings import spelled_as
 from converter.torchtitan import translated
 from converter.values import CHOICES, KEEP, MASTERS, WEIGHTS
