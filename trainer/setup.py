@@ -61,7 +61,7 @@ def setup(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
         datasets=datasets,
         stop=stop,
         began=began,
-        step_graph=_step_graph(config),
+        step_graph=_step_graph(config.model, config.dataset.sequence_length),
         layer_counter=layer_metrics.counter(parts.chunks, config.model),
     )
     if not run.is_complete:
@@ -81,10 +81,10 @@ def setup(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     return run
 
 
-def _step_graph(config: RunConfig) -> cuda_graph.StepGraph | None:
-    if not captures_steps(config.model):
+def _step_graph(model: Any, sequence_length: int) -> cuda_graph.StepGraph | None:
+    if not captures_steps(model):
         return None
-    return cuda_graph.StepGraph(warmup_steps=config.model.cuda_graph_warmup_steps, sequence_length=config.dataset.sequence_length)
+    return cuda_graph.StepGraph(warmup_steps=model.cuda_graph_warmup_steps, sequence_length=sequence_length)
 
 
 def _make_folders(checkpoint: CheckpointConfig, logger: LoggerConfig) -> None:

@@ -53,18 +53,18 @@ def _ranks_and_device(recipe: str | None, config: RunConfig, *, gpus: int | None
     if gpus or processes:
         return gpus or processes or 1, "gpu" if gpus else "cpu"
     copy = math.prod(getattr(config.model, f"{axis}_parallel_size", 1) for axis in ("tensor_model", "pipeline_model", "context"))
-    gpus_of_recipe = _recommended(recipes.find(recipe), config) if recipe else copy
+    gpus_of_recipe = _recommended(recipes.find(recipe), config.dataset, adapted=config.peft is not None) if recipe else copy
     on_cpu = config.dist.device == "cpu" or gpus_of_recipe == 0
     size = copy if on_cpu else -(-gpus_of_recipe // copy) * copy
     return size, "cpu" if on_cpu else "gpu"
 
 
-def _recommended(recipe: Recipe, config: RunConfig) -> int:
+def _recommended(recipe: Recipe, dataset: Any, *, adapted: bool) -> int:
     from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415
 
-    if config.peft is not None:
+    if adapted:
         return recipe.peft_gpus
-    return recipe.sft_gpus if isinstance(config.dataset, FinetuningDatasetConfig) else recipe.gpus
+    return recipe.sft_gpus if isinstance(dataset, FinetuningDatasetConfig) else recipe.gpus
 
 
 def _show(config: RunConfig, *, recipe: str | None, world_size: int, device: str, every: bool) -> None:

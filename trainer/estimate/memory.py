@@ -70,8 +70,8 @@ def of_rank(config: RunConfig, parameters: RankParameters, pp_rank: int, world_s
     """Return the bytes of one rank of pipeline stage `pp_rank`, which holds the parameters `held`."""
     copies = _copies(config.model, world_size)
     constant = (
-        _weights(config, parameters),
-        *_adapters(config, parameters),
+        _weights(config.model, config.peft, parameters),
+        *_adapters(config.model, config.peft, parameters),
         _gradients(config, parameters.trained),
         _optimizer(config, parameters.trained, copies),
     )
@@ -107,11 +107,11 @@ def _workspace(model: Any) -> Iterator[Part]:
         yield Part("workspace", WORKSPACE, "cuBLAS")
 
 
-def _adapters(config: RunConfig, parameters: RankParameters) -> Iterator[Part]:
+def _adapters(model: Any, peft: Any, parameters: RankParameters) -> Iterator[Part]:
     """Yield the bytes of adapters, and of what DoRA keeps beside them."""
-    if config.peft is None:
+    if peft is None:
         return
-    kind = config.model.params_dtype
+    kind = model.params_dtype
     yield Part("adapters", parameters.trained.total * kind.itemsize, f"{parameters.trained.total:,} parameters in {_name(kind)}")
     if parameters.magnitudes:
         why = f"{parameters.magnitudes:,} rows of frozen weights, squared, in float32"
@@ -132,8 +132,8 @@ def _copies(model: Any, world_size: int) -> tuple[int, int]:
     return world_size // (pipeline * tensor), world_size // (pipeline * experts)
 
 
-def _weights(config: RunConfig, parameters: RankParameters) -> Part:
-    model, count = config.model, (parameters.trained if config.peft is None else parameters.frozen).total
+def _weights(model: Any, peft: Any, parameters: RankParameters) -> Part:
+    count = (parameters.trained if peft is None else parameters.frozen).total
     size, why = count * model.params_dtype.itemsize, f"{count:,} parameters in {_name(model.params_dtype)}"
     if model.fp8 or model.fp4:
         size += parameters.matrices * FP8_COPIES - (parameters.matrices * model.params_dtype.itemsize if model.fp8_param else 0)

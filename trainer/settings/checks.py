@@ -18,7 +18,7 @@ from converter import families
 from converter.adapters.adapter import METHODS, Description
 from converter.adapters.exportable import refuse_unexportable
 from converter.config import make_model
-from trainer.config import CheckpointConfig, DistributedDataParallelConfig, RunConfig, SchedulerConfig, is_packed
+from trainer.config import CheckpointConfig, DistributedDataParallelConfig, RunConfig, SchedulerConfig, TrainingConfig, is_packed
 from trainer.layers.pattern import GATED_DELTA_NET
 from trainer.settings.precision import Machine, requires
 from trainer.settings.rules import Rule, enforce
@@ -207,12 +207,12 @@ def check_sequence(model: Any, dataset: Any) -> None:
     ))  # fmt: skip
 
 
-def num_microbatches(config: RunConfig, data_parallel: int) -> int:
+def num_microbatches(train: TrainingConfig, model: Any, data_parallel: int) -> int:
     """Return the microbatches per step on each rank. Raises UserError where the batch is not divisible, or a pipeline with
     virtual stages would lack some."""
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    copies, pipeline = micro * data_parallel, parallel_size(config.model, PP)
-    count, group = batch // copies, positive(config.model, "microbatch_group_size_per_vp_stage") or pipeline
+    batch, micro = train.global_batch_size, train.micro_batch_size
+    copies, pipeline = micro * data_parallel, parallel_size(model, PP)
+    count, group = batch // copies, positive(model, "microbatch_group_size_per_vp_stage") or pipeline
     enforce((
         (
             batch % copies,
@@ -221,7 +221,7 @@ def num_microbatches(config: RunConfig, data_parallel: int) -> int:
             f"choose a multiple of {copies}",
         ),
         (
-            parallel_size(config.model, VPP) > 1 and (count < group or 0 < count % group < pipeline),
+            parallel_size(model, VPP) > 1 and (count < group or 0 < count % group < pipeline),
             f"virtual pipeline stages take microbatches `{group}` at a time, and a step has `{count}`",
             f"choose `train.global_batch_size` as a multiple of {copies * group}",
         ),

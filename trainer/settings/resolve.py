@@ -75,7 +75,7 @@ def resolve(
     _check_sections(run, machine)
     defaults = apply_defaults(run, _first_defaults(run, steps)) + precision.apply(run.mixed_precision, run)
     copies = _check_layout(run, world_size)
-    microbatches = checks.num_microbatches(run, copies)
+    microbatches = checks.num_microbatches(run.train, run.model, copies)
     context = checks.parallel_size(run.model, checks.CP)
     defaults += apply_defaults(run, overlap.defaults(run, data_parallel=copies * context, device=device))
     contradictions.check_deterministic(run.model)
