@@ -166,3 +166,27 @@ def test_settings_that_would_silently_lose_are_refused(case: str) -> None:
     with pytest.raises(UserError) as refused:
         resolve(observed.settings(**changes), world_size=1, device="gpu", machine=HOPPER)
     assert str(refused.value) == message
+
+
+def _waits(changes: dict[str, Any]) -> int:
+    """How often a run waits for its device, from the first step on."""
+    from trainer.loop import pretrain
+
+    class Watch(small.History):
+        waits = 0
+
+        def on_start(self, run: Any) -> None:
+            torch.cuda.synchronize = self.wait
+
+        def wait(self, *_: Any) -> None:
+            self.waits += 1
+
+    watch = Watch()
+    pretrain(observed.settings(**changes), callbacks=[watch])
+    return watch.waits
+
+
+def test_stages_wait_for_batches_of_messages_unless_somebody_knows_better(ranks: Any) -> None:
+    stages = {"model.pipeline_model_parallel_size": 2, "model.batch_p2p_comm": True}
+    assert all(waits > 0 for waits in ranks.run(_waits, 2, stages))
+    assert ranks.run(_waits, 2, {**stages, "model.batch_p2p_sync": False}) == [0, 0]

@@ -82,6 +82,7 @@ NAMED: dict[str, str] = {
     "model.tp_comm_overlap": "test_gpu.py::test_fp8_overlaps_tensor_parallel_messages",
     "model.overlap_p2p_comm": "test_overlap.py::test_virtual_stages_send_while_they_compute_and_plain_stages_in_batches",
     "model.batch_p2p_comm": "test_overlap.py::test_four_stages_with_virtual_ones_may_send_in_batches",
+    "model.batch_p2p_sync": _HERE + "test_stages_wait_for_batches_of_messages_unless_somebody_knows_better",
     "ddp.overlap_grad_reduce": _OVERLAP,
     "ddp.overlap_param_gather": _OVERLAP,
     "ddp.align_param_gather": _HERE + "test_gathering_is_aligned_where_somebody_asks_for_it",

@@ -93,8 +93,6 @@ ON_ONE_GPU: dict[str, Trial] = {
 TP2 = {**SHAPE, "model.tensor_model_parallel_size": 2, "model.sequence_parallel": True, "train.global_batch_size": 8}
 OVERLAPPED = {**TP2, "comm_overlap.tp_comm_overlap": True}
 ON_TWO_GPUS: dict[str, Trial] = {
-    "model.clone_scatter_output_in_embedding": Trial(False, TP2),
-    "model.batch_p2p_sync": Trial(False, {**SHAPE, "model.pipeline_model_parallel_size": 2}),
     "model.cp_comm_type": Trial("a2a", {**SHAPE, "model.context_parallel_size": 2, "model.num_query_groups": 2}),
     "model.tp_only_amax_red": Trial(True, FP8),
     "model.tp_comm_bulk_wgrad": Trial(False, OVERLAPPED),

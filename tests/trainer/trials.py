@@ -84,6 +84,9 @@ OBSERVED: dict[str, Trial] = {
     "model.recompute_method": Trial("block", FULL),
     "model.recompute_num_layers": Trial(1, {**FULL, "model.recompute_num_layers": 2, "model.num_layers": 4}),
     "model.recompute_modules": Trial(["mlp"], {"model.recompute_granularity": "selective"}),
+    "model.clone_scatter_output_in_embedding": Trial(
+        False, {"model.tensor_model_parallel_size": 2, "model.sequence_parallel": True}, 2
+    ),
     "model.distribute_saved_activations": Trial(True, {**FULL, "model.tensor_model_parallel_size": 2}, 2),
     "model.calculate_per_token_loss": Trial(True),
     "model.mlp_chunks_for_training": Trial(2),
