@@ -52,9 +52,9 @@ class Observer(small.History):
     def on_start(self, run: Any) -> None:
         self.seen["model"] = [str(chunk) for chunk in run.chunks], _tensors(run)
         self.seen["attributes"] = [
-            {name: value for name, value in vars(one).items() if isinstance(value, (bool, int, float, str))}
+            {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
             for chunk in run.chunks
-            for one in chunk.modules()
+            for module in chunk.modules()
         ]
         self.seen["optimizer"] = _optimizer(run.parts.optimizer)
         self.seen["buffers"] = [
@@ -68,17 +68,19 @@ class Observer(small.History):
 
 
 def _tensors(run: Any) -> list[tuple[Any, ...]]:
-    named = [one for chunk in run.chunks for one in (*chunk.named_parameters(), *chunk.named_buffers())]
-    return [(name, tuple(one.shape), one.dtype, one.double().sum().item()) for name, one in named]
+    named = [pair for chunk in run.chunks for pair in (*chunk.named_parameters(), *chunk.named_buffers())]
+    return [(name, tuple(tensor.shape), tensor.dtype, tensor.double().sum().item()) for name, tensor in named]
 
 
 def _optimizer(outer: Any) -> list[Any]:
-    found: list[Any] = []
-    for one in getattr(outer, "chained_optimizers", [outer]):
-        groups = [{name: value for name, value in group.items() if name != "params"} for group in one.param_groups]
-        scaler = getattr(one, "grad_scaler", None)
-        found.append((type(one).__name__, type(one.optimizer).__name__, repr(groups), scaler and scaler.state_dict()))
-    return found
+    states: list[Any] = []
+    for optimizer in getattr(outer, "chained_optimizers", [outer]):
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        scaler = getattr(optimizer, "grad_scaler", None)
+        states.append(
+            (type(optimizer).__name__, type(optimizer.optimizer).__name__, repr(groups), scaler and scaler.state_dict())
+        )
+    return states
 
 
 def settings(**changes: Any) -> RunConfig:
@@ -204,7 +206,7 @@ def differences(trials: dict[str, Trial], look: Look = observe, before: int = 2,
     `before` and `after` are how many runs there are without and with it. What is not the same in all of them counts for nothing.
     """
     seen: dict[str, Leaves] = {}
-    found: dict[str, list[str]] = {}
+    changed: dict[str, list[str]] = {}
     for setting, trial in trials.items():
         base = repr((trial.base, trial.world))
         if base not in seen:
@@ -212,28 +214,28 @@ def differences(trials: dict[str, Trial], look: Look = observe, before: int = 2,
             seen[base] = _common([look(trial.base, trial.world) for _ in range(before)])
             assert ("error",) not in seen[base] or look is build, seen[base]  # some layouts can be built only with the value
         with_it = _common([look({**trial.base, setting: trial.value}, trial.world) for _ in range(after)])
-        found[setting] = [with_it["error",]] if ("error",) in with_it else _changed(seen[base], with_it)
-    return found
+        changed[setting] = [with_it["error",]] if ("error",) in with_it else _changed(seen[base], with_it)
+    return changed
 
 
 def _common(looks: list[dict[str, Any]]) -> Leaves:
-    """Numbers, texts and types by their place; `_VARIES` where they are not the same in all runs."""
-    runs = [dict(_leaves(one)) for one in looks]
+    """Numbers, texts and types by their path; `_VARIES` where they are not the same in all runs."""
+    runs = [dict(_leaves(look)) for look in looks]
     return {
-        place: runs[0][place] if all(run.get(place, _ABSENT) == runs[0].get(place, _VARIES) for run in runs) else _VARIES
-        for place in {place for run in runs for place in run}
+        path: runs[0][path] if all(run.get(path, _ABSENT) == runs[0].get(path, _VARIES) for run in runs) else _VARIES
+        for path in {path for run in runs for path in run}
     }
 
 
-def _leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     if not isinstance(value, (dict, list, tuple)):
-        yield place, value
+        yield path, value
         return
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        yield from _leaves(item, (*place, key))
+        yield from _leaves(item, (*path, key))
 
 
 def _changed(before: Leaves, after: Leaves) -> list[str]:
     """Return the parts with a leaf that another one has taken the place of, or that is there on one side only."""
-    pairs = {place: (before.get(place, _ABSENT), after.get(place, _ABSENT)) for place in {**before, **after}}
-    return sorted({str(place[0]) for place, pair in pairs.items() if _VARIES not in pair and pair[0] != pair[1]} - {"error"})
+    pairs = {path: (before.get(path, _ABSENT), after.get(path, _ABSENT)) for path in {**before, **after}}
+    return sorted({str(path[0]) for path, pair in pairs.items() if _VARIES not in pair and pair[0] != pair[1]} - {"error"})

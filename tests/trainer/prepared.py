@@ -38,19 +38,19 @@ def built(samples, **config):
 
 def contents(dataset, count=None):
     """All samples as rows of tokens and the last label."""
-    found = [dataset[number] for number in range(len(dataset) if count is None else count)]
-    return torch.stack([torch.cat([one["tokens"], one["labels"][-1:]]) for one in found]).tolist()
+    samples = [dataset[number] for number in range(len(dataset) if count is None else count)]
+    return torch.stack([torch.cat([sample["tokens"], sample["labels"][-1:]]) for sample in samples]).tolist()
 
 
-def rank(prefixes, place):
+def rank(prefixes, root):
     """What one of two ranks reads: of one node that shares a folder of indices, then of two nodes with a folder each."""
     cache.MIN_CACHED_ENTRIES = 1  # so that there are files
     distributed.init_process_group("gloo")
     number = distributed.get_rank()
     blend = [entry for prefix in prefixes for entry in (1.0, prefix)]
-    found = []
+    rows = []
     for local, folder in ((number, "shared"), (0, f"own{number}")):
         os.environ["LOCAL_RANK"] = str(local)
-        train, valid, _ = built((150, 20, 0), blend=blend, split="80,20,0", path_to_cache=str(place / folder))
-        found.append([contents(train), contents(valid)])
-    return found
+        train, valid, _ = built((150, 20, 0), blend=blend, split="80,20,0", path_to_cache=str(root / folder))
+        rows.append([contents(train), contents(valid)])
+    return rows

@@ -65,6 +65,6 @@ def differences(whole: witness.Witness, resumed: witness.Witness) -> list[str]:
     """What of the second is not the first from where that was stopped, to the last bit. Random states of experts are another
     matter."""
     steps = {name: (getattr(whole, name)[STOPPED:], getattr(resumed, name)) for name in ("losses", "grad_norms", "rates")}
-    left = ({name: value for name, value in one.left.items() if not name.startswith("tracker ")} for one in (whole, resumed))
-    different = [f"{name}: {one} and {other}" for name, (one, other) in steps.items() if one != other]
+    left = ({name: value for name, value in run.left.items() if not name.startswith("tracker ")} for run in (whole, resumed))
+    different = [f"{name}: {first} and {second}" for name, (first, second) in steps.items() if first != second]
     return different + witness.differences(*left)

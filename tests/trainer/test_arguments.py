@@ -64,12 +64,12 @@ def test_a_folder_that_says_what_model_it_holds_needs_no_recipe(form: str, model
     if form == "megatron":
         converter.hf_to_mcore(folder, tmp_path / "megatron", tp=1, pp=1)
     named = str(folder if form == "huggingface" else tmp_path / "megatron")
-    here = f"checkpoint.pretrained_checkpoint={named}"
+    override = f"checkpoint.pretrained_checkpoint={named}"
     file = write(tmp_path, f"checkpoint: {{pretrained_checkpoint: {named}}}")
-    told: dict[str, Any] = {"overrides": [here, "train.train_iters=3"]}
+    arguments: dict[str, Any] = {"overrides": [override, "train.train_iters=3"]}
     lora, every, more = (
-        read_run(None, **told, finetune=True),
-        read_run(None, overrides=[*told["overrides"], "peft=none"], finetune=True),
+        read_run(None, **arguments, finetune=True),
+        read_run(None, overrides=[*arguments["overrides"], "peft=none"], finetune=True),
         read_run(None, config_file=file),
     )
     described = json.loads((folder / "config.json").read_text())
@@ -78,7 +78,7 @@ def test_a_folder_that_says_what_model_it_holds_needs_no_recipe(form: str, model
         assert (config.dataset.sequence_length, config.checkpoint.pretrained_checkpoint) == (config.model.seq_length, named)
         resolve(config, world_size=1, device="cpu")
     assert (type(lora.peft), every.peft, more.peft) == (LoRA, None, None)
-    assert [isinstance(one.dataset, FinetuningDatasetConfig) for one in (lora, every, more)] == [True, True, False]
+    assert [isinstance(run.dataset, FinetuningDatasetConfig) for run in (lora, every, more)] == [True, True, False]
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

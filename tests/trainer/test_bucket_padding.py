@@ -38,8 +38,8 @@ def dense(ranks, model_folder):
     """Train a small Llama on that many ranks."""
     folder = str(model_folder("gqa", num_hidden_layers=2))
 
-    def on(world, told, function=shifting.train):
-        return lambda changes: ranks.run(function, world, folder, {**told, "train__global_batch_size": world, **changes})
+    def on(world, settings, function=shifting.train):
+        return lambda changes: ranks.run(function, world, folder, {**settings, "train__global_batch_size": world, **changes})
 
     return on
 
@@ -81,8 +81,8 @@ def _mended():
             padded = [stop - start for start, stop in buffer.bucket_indices]
             lost = [whole - bucket.numel_unpadded for whole, bucket in zip(padded, buffer.buckets, strict=True)]
             buffer.param_index_map = {
-                one: (start - sum(lost[:number]), stop - sum(lost[:number]), number)
-                for one, (start, stop, number) in buffer.param_index_map.items()
+                parameter: (start - sum(lost[:number]), stop - sum(lost[:number]), number)
+                for parameter, (start, stop, number) in buffer.param_index_map.items()
             }
         try:
             return method(self, *args, **kwargs)
@@ -120,7 +120,7 @@ class _Corrected:
         from trainer import optim
         from trainer.checkpoints import bucket_padding
 
-        ((buffer,),) = (one.buffers for one in optim.distributed(run.parts.optimizer))
+        ((buffer,),) = (optimizer.buffers for optimizer in optim.distributed(run.parts.optimizer))
         before = buffer.param_index_map
         with (
             mock.patch.object(DistributedOptimizer, "sharded_param_state_fully_reshardable", _does_not_answer),
@@ -143,14 +143,14 @@ def _corrected(folder, changes, version):
 
 
 def test_a_newer_megatron_core_that_does_not_answer_is_believed(ranks, model_folder):
-    told = {**WIDE, "train__train_iters": 1, "scheduler__lr_warmup_iters": 0}
-    assert ranks.run(_corrected, 1, str(model_folder("gqa")), told, "0.20.0") == [False]
+    settings = {**WIDE, "train__train_iters": 1, "scheduler__lr_warmup_iters": 0}
+    assert ranks.run(_corrected, 1, str(model_folder("gqa")), settings, "0.20.0") == [False]
 
 
 def test_an_older_one_that_does_not_answer_is_not_saved_with(ranks, model_folder):
-    told = {**WIDE, "train__train_iters": 1, "scheduler__lr_warmup_iters": 0}
+    settings = {**WIDE, "train__train_iters": 1, "scheduler__lr_warmup_iters": 0}
     with pytest.raises(UserError) as error:
-        ranks.run(_corrected, 1, str(model_folder("gqa")), told, "0.19.2")
+        ranks.run(_corrected, 1, str(model_folder("gqa")), settings, "0.19.2")
     assert str(error.value) == (
         "megatron-core 0.19.2 would save optimizer state shifted by the padding of buckets, and cannot be corrected\n\n"
         "hint: save with `checkpoint.optim_sharding=dp_reshardable`, or with `comm_overlap.overlap_grad_reduce=false`"

@@ -271,7 +271,7 @@ def test_an_optimizer_that_cannot_run_is_found_before_the_start(changes: dict[st
 def test_packed_rows_divide_among_context_ranks_one_at_a_time() -> None:
     from trainer.config import FinetuningDatasetConfig
 
-    told = {"dataset": FinetuningDatasetConfig(sequence_length=128), "model__context_parallel_size": 2}
-    assert resolve(settings(**told), world_size=2, device="gpu").config.dataset.pad_to_multiple_of == 4
+    options = {"dataset": FinetuningDatasetConfig(sequence_length=128), "model__context_parallel_size": 2}
+    assert resolve(settings(**options), world_size=2, device="gpu").config.dataset.pad_to_multiple_of == 4
     with pytest.raises(UserError, match=r"`train.micro_batch_size` is `2`, and CP `2` ranks split packed rows"):
-        resolve(settings(**told, train__micro_batch_size=2), world_size=2, device="gpu")
+        resolve(settings(**options, train__micro_batch_size=2), world_size=2, device="gpu")

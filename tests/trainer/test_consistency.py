@@ -70,13 +70,13 @@ DATA = {
 def test_text_that_is_another_on_one_host_is_named(letter, ranks, tmp_path):
     folders = _two_hosts(tmp_path, _texts(letter))
     for name, config in DATA.items():
-        said = ranks.run(_read, 2, folders, config, "byte", (8, 0, 0))
-        assert said[0] == said[1]
+        messages = ranks.run(_read, 2, folders, config, "byte", (8, 0, 0))
+        assert messages[0] == messages[1]
         if letter == "word" or name == "one":
-            assert said[0] == ""
+            assert messages[0] == ""
             continue
-        assert said[0].startswith("ranks read different data: the training data of rank 1, on `")
-        assert said[0].endswith(
+        assert messages[0].startswith("ranks read different data: the training data of rank 1, on `")
+        assert messages[0].endswith(
             "\n\nhint: copy the same files to all hosts, under the same names; or name files on a disk that they share"
         )
 
@@ -85,15 +85,15 @@ def test_text_that_is_another_on_one_host_is_named(letter, ranks, tmp_path):
 def test_an_example_that_is_another_on_one_host_is_named(answer, ranks, tmp_path):
     folders = _two_hosts(tmp_path, _examples(answer))
     config = FinetuningDatasetConfig(sequence_length=32, path="examples.jsonl", split="1,0,0")
-    for said in ranks.run(_read, 2, folders, config, "byte", (8, 0, 0)):
-        assert ("the training data of rank 1, on `" in said) == (answer != "good")
+    for message in ranks.run(_read, 2, folders, config, "byte", (8, 0, 0)):
+        assert ("the training data of rank 1, on `" in message) == (answer != "good")
 
 
 def test_a_tokenizer_that_is_another_on_one_host_is_named(ranks, model_folder, tmp_path):
     folders = _two_hosts(tmp_path, lambda folder: shutil.copytree(model_folder(), folder / "model"))
     config = DatasetConfig(sequence_length=32)
     assert ranks.run(_read, 2, folders, config, "model", (8, 0, 0)) == ["", ""]
-    there = tmp_path / "b" / "model" / "tokenizer_config.json"
-    there.write_text(there.read_text() + " ")
-    for said in ranks.run(_read, 2, folders, config, "model", (8, 0, 0)):
-        assert "the tokenizer's `tokenizer_config.json` of rank 1, on `" in said
+    file = tmp_path / "b" / "model" / "tokenizer_config.json"
+    file.write_text(file.read_text() + " ")
+    for message in ranks.run(_read, 2, folders, config, "model", (8, 0, 0)):
+        assert "the tokenizer's `tokenizer_config.json` of rank 1, on `" in message

@@ -47,11 +47,11 @@ def _rates(changes: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
 
     class Rates(small.History):
         def on_start(self, run: Any) -> None:
-            names = {one: name for chunk in run.chunks for name, one in chunk.named_parameters()}
+            names = {parameter: name for chunk in run.chunks for name, parameter in chunk.named_parameters()}
             self.found = {
-                names[one].removeprefix("module."): (group["max_lr"], group["min_lr"], group["eps"])
+                names[parameter].removeprefix("module."): (group["max_lr"], group["min_lr"], group["eps"])
                 for group in run.parts.optimizer.param_groups
-                for one in group["params"]
+                for parameter in group["params"]
             }
 
     history = Rates()
@@ -62,31 +62,31 @@ def _rates(changes: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
 def test_mup_divides_the_learning_rates_of_hidden_matrices_by_the_width(ranks: Any) -> None:
     """A model four times as wide as its base (arXiv:2203.03466, table 8): Adam's rate of a hidden matrix is a quarter."""
     wide = {"model.use_mup": True, "model.mup_base_hidden_size": 4, "optimizer.lr": 0.4, "optimizer.min_lr": 0.04}
-    (found,) = ranks.run(_rates, 1, wide)
-    for name, rates in found.items():
+    (rates_by_name,) = ranks.run(_rates, 1, wide)
+    for name, rates in rates_by_name.items():
         hidden = name.endswith("weight") and "norm" not in name and "embedding" not in name and "output" not in name
         assert rates == pytest.approx((0.1, 0.01, 2.5e-9) if hidden else (0.4, 0.04, 1e-8)), name
-    assert sum(rates[0] < 0.2 for rates in found.values()) == 2 * 4
+    assert sum(rates[0] < 0.2 for rates in rates_by_name.values()) == 2 * 4
 
 
 def _deterministic(changes: dict[str, Any]) -> list[Any]:
     """What a run in deterministic mode finds, and what is left afterwards."""
     from trainer.loop import pretrain
 
-    found: list[Any] = []
+    enabled: list[Any] = []
 
     class Watch(small.History):
         def on_step(self, run: Any, step: Any) -> None:
-            found.append(torch.are_deterministic_algorithms_enabled())
+            enabled.append(torch.are_deterministic_algorithms_enabled())
 
     pretrain(observed.settings(**changes), callbacks=[Watch()])
     names = ("NCCL_ALGO", "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "CUBLAS_WORKSPACE_CONFIG")
-    return [found, torch.are_deterministic_algorithms_enabled(), [os.environ.get(name) for name in names]]
+    return [enabled, torch.are_deterministic_algorithms_enabled(), [os.environ.get(name) for name in names]]
 
 
 def test_deterministic_mode_reaches_torch_and_cudas_libraries(ranks: Any) -> None:
-    (found,) = ranks.run(_deterministic, 1, {"model.deterministic_mode": True})
-    assert found == [[True, True], False, ["Ring", "0", ":4096:8"]]
+    (deterministic,) = ranks.run(_deterministic, 1, {"model.deterministic_mode": True})
+    assert deterministic == [[True, True], False, ["Ring", "0", ":4096:8"]]
     (without,) = ranks.run(_deterministic, 1, {})
     assert without == [[False, False], False, [None, None, None]]
 

@@ -18,9 +18,9 @@ from trainer.settings.resolve import Resolved, resolve
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine where Python finds Transformer Engine; megatron-core is not asked to import it."""
     find = importlib.util.find_spec
-    there = SimpleNamespace(name="transformer_engine")
+    spec = SimpleNamespace(name="transformer_engine")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: there if name == "transformer_engine" else find(name, *more)
+        importlib.util, "find_spec", lambda name, *more: spec if name == "transformer_engine" else find(name, *more)
     )
 
 

@@ -32,8 +32,8 @@ def folders(tmp_path_factory):
 
 
 def resolved(folder: Any, device: str = "gpu", world_size: int = 1, **changes: Any) -> Any:
-    told = {**GRAPH, "mixed_precision": "bf16_mixed", "dist__device": device, "dataset": small.FixedTokens(256, 128)}
-    settings = small.settings(folder, **{**told, **changes})
+    defaults = {**GRAPH, "mixed_precision": "bf16_mixed", "dist__device": device, "dataset": small.FixedTokens(256, 128)}
+    settings = small.settings(folder, **{**defaults, **changes})
     return resolve(settings, world_size=world_size, device=device, machine=HOPPER if device == "gpu" else None).config
 
 

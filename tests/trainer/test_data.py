@@ -30,7 +30,7 @@ def prefix(tmp_path):
 
 
 @pytest.fixture(params=["in memory", "in files"])
-def place(request, monkeypatch):
+def index_storage(request, monkeypatch):
     """Small indices are made in memory, large ones kept in files: both ways."""
     if request.param == "in files":
         monkeypatch.setattr(cache, "MIN_CACHED_ENTRIES", 1)
@@ -67,7 +67,7 @@ def test_the_first_epoch_has_megatron_cores_order(prefix, tmp_path):
     assert ours[2] is theirs[2] is None
 
 
-def test_a_sample_does_not_depend_on_how_many_are_asked_for(prefix, place):
+def test_a_sample_does_not_depend_on_how_many_are_asked_for(prefix, index_storage):
     first = built((1, 0, 0), blend=[prefix])[0]
     short, long = (built((count, 0, 0), blend=[prefix])[0] for count in (first.per_epoch * 2 + 5, first.per_epoch * 5))
     assert contents(short) == contents(long)[: len(short)]
@@ -75,7 +75,7 @@ def test_a_sample_does_not_depend_on_how_many_are_asked_for(prefix, place):
         short[len(short)]
 
 
-def test_each_epoch_has_every_sample_once_in_another_order(prefix, place):
+def test_each_epoch_has_every_sample_once_in_another_order(prefix, index_storage):
     epoch = built((1, 0, 0), blend=[prefix], split="1,0,0")[0].per_epoch
     source = IndexedDataset(prefix)  # held: its arrays do not outlive it
     assert epoch == (int(source.sequence_lengths.sum()) - 1) // LENGTH
@@ -89,8 +89,8 @@ def test_each_epoch_has_every_sample_once_in_another_order(prefix, place):
 
 
 def test_the_seed_changes_the_order(prefix):
-    one, other = (contents(built((20, 0, 0), blend=[prefix], random_seed=seed)[0]) for seed in (1, 2))
-    assert one != other
+    first, second = (contents(built((20, 0, 0), blend=[prefix], random_seed=seed)[0]) for seed in (1, 2))
+    assert first != second
 
 
 def test_thousands_of_epochs_of_little_data_leave_no_files(prefix, tmp_path):
@@ -103,9 +103,9 @@ def test_splits_share_no_document(prefix):
     source = IndexedDataset(prefix)
     document_of = {int(token): number for number in range(len(source)) for token in source[number]}
     splits = built((40, 40, 40), blend=[prefix], split="60,20,20")
-    found = [{document_of[token] for row in contents(one) for token in row} for one in splits]
-    assert sum(len(one) for one in found) == len(found[0] | found[1] | found[2])
-    assert max(found[0]) < 36 <= min(found[1]) <= max(found[1]) < 48 <= min(found[2])
+    documents = [{document_of[token] for row in contents(dataset) for token in row} for dataset in splits]
+    assert sum(len(part) for part in documents) == len(documents[0] | documents[1] | documents[2])
+    assert max(documents[0]) < 36 <= min(documents[1]) <= max(documents[1]) < 48 <= min(documents[2])
 
 
 def test_a_split_without_a_share_or_without_samples_is_none(prefix):
@@ -114,14 +114,14 @@ def test_a_split_without_a_share_or_without_samples_is_none(prefix):
     assert built((4, 0, 0), blend=[prefix])[1:] == (None, None)
 
 
-def test_a_blend_keeps_its_proportions_and_does_not_depend_on_its_length(tmp_path, place):
-    one, other = write(tmp_path / "a"), write(tmp_path / "b", seed=10)
-    short, long = (built((count, 0, 0), blend=["0.3", one, 0.7, other])[0] for count in (300, 1000))
+def test_a_blend_keeps_its_proportions_and_does_not_depend_on_its_length(tmp_path, index_storage):
+    first, second = write(tmp_path / "a"), write(tmp_path / "b", seed=10)
+    short, long = (built((count, 0, 0), blend=["0.3", first, 0.7, second])[0] for count in (300, 1000))
     rows = contents(long)
     assert contents(short) == rows[:300]
     for count in (10, 100, 1000):
         assert Counter(row[0] >= 10_000 for row in rows[:count])[True] == round(0.7 * count)
-    alone = contents(built((300, 0, 0), blend=[one])[0])
+    alone = contents(built((300, 0, 0), blend=[first])[0])
     assert [row for row in rows if row[0] < 10_000] == alone
 
 
@@ -129,29 +129,29 @@ def test_without_weights_prefixes_count_by_their_samples(tmp_path):
     prefixes = [
         write(tmp_path / name, seed=seed, documents=count) for name, seed, count in (("a", 0, 60), ("b", 10, 20), ("c", 30, 20))
     ]
-    sizes = [built((1, 0, 0), blend=[one], split="1,0,0")[0].per_epoch for one in prefixes]
+    sizes = [built((1, 0, 0), blend=[prefix], split="1,0,0")[0].per_epoch for prefix in prefixes]
     rows = contents(built((sum(sizes), 0, 0), blend=prefixes, split="1,0,0")[0])
     assert len({row[0] for row in rows}) == sum(sizes)  # one epoch of each
 
 
 def test_each_split_from_its_own_files(tmp_path):
-    one, other = write(tmp_path / "a"), write(tmp_path / "b", seed=10)
-    train, valid, test = built((20, 10, 10), blend_per_split=[[one], [1, other, 1, one], None])
+    first, second = write(tmp_path / "a"), write(tmp_path / "b", seed=10)
+    train, valid, test = built((20, 10, 10), blend_per_split=[[first], [1, second, 1, first], None])
     assert max(max(row) for row in contents(train)) < 10_000
     assert Counter(row[0] >= 10_000 for row in contents(valid)) == {True: 5, False: 5}
     assert test is None
 
 
 def test_each_prefix_of_the_held_out_blends_may_be_a_set_of_its_own(tmp_path):
-    one, other = (write(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b")))
-    told = {"blend": [0.3, one, 0.7, other], "split": "60,20,20"}
-    train, valid, test = built((20, 10, 5), multiple_validation_sets=True, **told)
-    assert contents(train) == contents(built((20, 0, 0), **told)[0])
-    for name in (one, other):
+    first, second = (write(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b")))
+    config = {"blend": [0.3, first, 0.7, second], "split": "60,20,20"}
+    train, valid, test = built((20, 10, 5), multiple_validation_sets=True, **config)
+    assert contents(train) == contents(built((20, 0, 0), **config)[0])
+    for name in (first, second):
         alone = built((0, 10, 5), blend=[name], split="60,20,20")
         assert contents(valid[name]) == contents(alone[1])
         assert contents(test[name]) == contents(alone[2])
-    assert list(valid) == list(test) == [one, other]
+    assert list(valid) == list(test) == [first, second]
 
 
 def test_masks_and_positions_are_megatron_cores(tmp_path):
@@ -199,9 +199,9 @@ def test_data_prepared_anew_gets_new_indices(prefix, tmp_path, monkeypatch):
     assert contents(again) == contents(built((20, 0, 0), blend=[prefix], split="1,0,0")[0])
 
 
-def test_datasets_can_be_sent_to_other_processes(tmp_path, place):
-    one, other = write(tmp_path / "a"), write(tmp_path / "b", seed=10)
-    blend = built((100, 0, 0), blend=[1, one, 1, other])[0]
+def test_datasets_can_be_sent_to_other_processes(tmp_path, index_storage):
+    first, second = write(tmp_path / "a"), write(tmp_path / "b", seed=10)
+    blend = built((100, 0, 0), blend=[1, first, 1, second])[0]
     rows = contents(blend)
     sent = pickle.dumps(blend)
     assert len(sent) < 10_000
@@ -211,10 +211,10 @@ def test_datasets_can_be_sent_to_other_processes(tmp_path, place):
 def test_ranks_that_build_at_once_see_the_same_whether_they_share_a_folder_or_not(ranks, tmp_path):
     prefixes = [write(tmp_path / "a"), write(tmp_path / "b", seed=10)]
     folders = [tmp_path / "shared", tmp_path / "own0", tmp_path / "own1"]
-    found = ranks.run(prepared.rank, 2, prefixes, tmp_path)
+    results = ranks.run(prepared.rank, 2, prefixes, tmp_path)
     alone = built((150, 20, 0), blend=[1.0, prefixes[0], 1.0, prefixes[1]], split="80,20,0")
     expected = [contents(alone[0]), contents(alone[1])]
-    assert found == [[expected, expected]] * 2
+    assert results == [[expected, expected]] * 2
     kept = [sorted(path.name for path in folder.iterdir()) for folder in folders]
     assert kept[0] == kept[1] == kept[2]
     assert len(kept[0]) > 4

@@ -68,9 +68,9 @@ def _fails(folder: str, changes: dict[str, Any], callback: small.History) -> str
 
 def test_weights_that_ranks_do_not_share_are_told_on_all_of_them(ranks: Any, model_folder: Any) -> None:
     changes = {**PLAN, "diagnostics__check_weight_hash_across_dp_replicas_interval": 2, "ddp__use_distributed_optimizer": False}
-    told = ranks.run(_fails, 2, str(model_folder()), changes, Broken())
-    assert told[0] == told[1]
-    assert told[0].startswith("after step 2, the weights of rank 1 are not those of the other data-parallel ranks; ")
+    messages = ranks.run(_fails, 2, str(model_folder()), changes, Broken())
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("after step 2, the weights of rank 1 are not those of the other data-parallel ranks; ")
     assert ranks.run(_fails, 2, str(model_folder()), changes, small.History()) == ["", ""]
 
 
@@ -86,8 +86,8 @@ def _gives_up(folder: str, changes: dict[str, Any], callback: Waiting) -> str:
 def test_steps_have_a_timeout_of_their_own(ranks: Any, model_folder: Any, tmp_path: Path) -> None:
     """Rank 0 gives up on rank 1, which waits two minutes for that: long before the ten minutes that starting may take."""
     changes = {**PLAN, "dist__step_timeout_minutes": 0.03}
-    told = ranks.run(_gives_up, 2, str(model_folder()), changes, Waiting(ended=tmp_path / "ended"))
-    assert "Error" in told[0]
+    messages = ranks.run(_gives_up, 2, str(model_folder()), changes, Waiting(ended=tmp_path / "ended"))
+    assert "Error" in messages[0]
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,8 @@ def _scripts():
         for code in re.findall(r"^```python\n(.+?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
             if "pretrain(config" in code:
                 small = "".join(f"    {line}\n" for line in SMALLER.strip().splitlines())
-                there = re.sub(r'from_hf_pretrained\(".*?"\)', 'from_hf_pretrained("model")', code)
-                yield page, there.replace("    pretrain(config", f"{small}    pretrain(config")
+                program = re.sub(r'from_hf_pretrained\(".*?"\)', 'from_hf_pretrained("model")', code)
+                yield page, program.replace("    pretrain(config", f"{small}    pretrain(config")
 
 
 def _python(code, folder):

@@ -58,5 +58,5 @@ def test_the_examples_of_a_module_give_what_they_say(name: str, ranks: Ranks, fo
 def test_a_public_function_has_an_example(name: str) -> None:
     first, _, method = name.partition(".")
     function = getattr(trainer, first)
-    (found, *_) = doctest.DocTestFinder(recurse=False).find(getattr(function, method) if method else function, name)
-    assert found.examples
+    (doc_test, *_) = doctest.DocTestFinder(recurse=False).find(getattr(function, method) if method else function, name)
+    assert doc_test.examples

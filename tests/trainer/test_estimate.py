@@ -119,9 +119,9 @@ def test_bytes_per_parameter_are_those_megatron_documents(
         config = settings(
             mixed_precision=precision, ddp__use_distributed_optimizer=sharded, ddp__grad_reduce_in_fp32=fp32_gradients
         )
-        _, found = parts(config, world_size=4)
+        _, sizes = parts(config, world_size=4)
         (count,) = parameters_per_rank(resolve(config, world_size=4, device="gpu", machine=HOPPER).config.model)
-        assert found["weights"] + found["gradients"] + found["optimizer"] == int(expected * count)
+        assert sizes["weights"] + sizes["gradients"] + sizes["optimizer"] == int(expected * count)
 
 
 def test_activations_without_flash_attention_are_those_of_the_paper_less_its_dropout_masks() -> None:
@@ -138,9 +138,9 @@ def test_activations_without_flash_attention_are_those_of_the_paper_less_its_dro
         model__bias_activation_fusion=False,
         model__ffn_hidden_size=4 * 64,
     )
-    _, found = parts(config)
+    _, sizes = parts(config)
     tokens, heads = 128, 8
-    assert found["activations"] == 4 * tokens * ((34 - 2) * 64 + (5 - 1) * heads * tokens + 4 * 2 + 4 * heads)
+    assert sizes["activations"] == 4 * tokens * ((34 - 2) * 64 + (5 - 1) * heads * tokens + 4 * 2 + 4 * heads)
 
 
 @pytest.mark.parametrize(
@@ -185,14 +185,14 @@ def test_recomputing_keeps_one_input_per_layer() -> None:
 
 def test_ranks_divide_what_they_share() -> None:
     size = {"model__vocab_size": 512}  # needs no padding
-    one = parts(settings(**size))[1]
+    whole = parts(settings(**size))[1]
     split = parts(settings(model__tensor_model_parallel_size=2, model__sequence_parallel=True, **size), world_size=2)[1]
     statistics = 4 * 128 * 4 * 2  # of the norms of 4 layers: every rank keeps its tokens', and half is counted twice
-    assert split["activations"] == (one["activations"] + statistics) // 2
-    assert split["logits"] * 2 == one["logits"]
+    assert split["activations"] == (whole["activations"] + statistics) // 2
+    assert split["logits"] * 2 == whole["logits"]
     context = parts(settings(model__context_parallel_size=2, **size), world_size=2)[1]
-    assert context["activations"] * 2 == one["activations"]
-    assert context["weights"] == one["weights"]
+    assert context["activations"] * 2 == whole["activations"]
+    assert context["weights"] == whole["weights"]
 
 
 @pytest.mark.parametrize(("pipeline", "virtual", "count"), [(4, None, 8), (4, None, 2), (4, 2, 8), (2, 2, 2), (4, 3, 4)])
@@ -201,8 +201,8 @@ def test_microbatches_in_flight_are_those_of_megatron_cores_schedule(pipeline: i
 
     for rank in range(pipeline):
         group = SimpleNamespace(size=lambda: pipeline, rank=lambda rank=rank: rank)
-        told = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=virtual)
-        total, _, warm_up, _ = get_pp_rank_microbatches(count, virtual or 1, pipeline, p2p_communicator=told)
+        communicator = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=virtual)
+        total, _, warm_up, _ = get_pp_rank_microbatches(count, virtual or 1, pipeline, p2p_communicator=communicator)
         model = SimpleNamespace(
             pipeline_model_parallel_size=pipeline,
             virtual_pipeline_model_parallel_size=virtual,
@@ -216,9 +216,9 @@ def test_the_first_of_two_stages_is_the_fullest_where_it_keeps_more_microbatches
     config = settings("tied", model__pipeline_model_parallel_size=2, train__micro_batch_size=4, dataset__sequence_length=256)
     config.train.global_batch_size = 16
     config.model.vocab_size = 128
-    estimate, found = parts(config, world_size=2)
+    estimate, sizes = parts(config, world_size=2)
     assert estimate.pp_rank == 0
-    assert estimate.total == sum(found.values())
+    assert estimate.total == sum(sizes.values())
     assert all(part.why for part in estimate.parts)
 
 
@@ -244,8 +244,8 @@ def test_the_estimate_of_gpus_is_the_same_where_there_are_none(machine: Any) -> 
     """`machine` is None where it is this one, without Transformer Engine."""
     config = recipes.find("llama32_1b").pretrain_config()
     resolved = resolve(config, world_size=1, device="gpu", machine=machine).config
-    found = {part.name: part.size for part in memory(resolved, world_size=1).parts}
-    assert found["logits"] == 4 * 8192 * 128256
+    sizes = {part.name: part.size for part in memory(resolved, world_size=1).parts}
+    assert sizes["logits"] == 4 * 8192 * 128256
 
 
 def test_what_caps_keep_is_counted() -> None:

@@ -47,11 +47,11 @@ def test_a_mamba_layer_keeps_what_goes_into_kernels_and_comes_out_of_them() -> N
 
 def test_a_hybrids_layers_keep_what_each_of_its_kinds_keeps() -> None:
     """A feed-forward layer of squared ReLU, from 64 channels to 96, has one norm."""
-    found = [
+    sizes = [
         parts(of_family("nemotron_h", model__num_layers=len(kinds), model__hybrid_layer_pattern=kinds))
         for kinds in ("ME*", "ME*-")
     ]
-    assert found[1]["activations"] - found[0]["activations"] == 128 * 4 * (64 + 1 + 64 + 2 * 96)
+    assert sizes[1]["activations"] - sizes[0]["activations"] == 128 * 4 * (64 + 1 + 64 + 2 * 96)
 
 
 def test_what_sparse_attention_keeps_is_not_counted() -> None:

@@ -34,7 +34,9 @@ KINDS = {
     "ddp": distributed.DistributedDataParallelConfig,
     "optimizer": OptimizerConfig,
 }
-EVERY = [f"{section}.{one.name}" for section, kind in KINDS.items() for one in dataclasses.fields(kind) if one.name[0] != "_"]
+EVERY = [
+    f"{section}.{field.name}" for section, kind in KINDS.items() for field in dataclasses.fields(kind) if field.name[0] != "_"
+]
 
 DECIDED: dict[str, Any] = {
     "model.attention_backend": AttnBackend.flash,
@@ -110,7 +112,7 @@ REFUSED = [setting for setting in EVERY if setting not in COVERED]
 @pytest.mark.parametrize("setting", REFUSED)
 def test_a_field_that_nothing_carries_out_is_refused_by_name(setting: str) -> None:
     section, _, name = setting.partition(".")
-    (field,) = (one for one in dataclasses.fields(KINDS[section]) if one.name == name)
+    (field,) = (candidate for candidate in dataclasses.fields(KINDS[section]) if candidate.name == name)
     config = observed.settings(**{setting: other(field)})
     with pytest.raises(UserError) as refused:
         resolve(config, world_size=1, device="gpu", machine=HOPPER)
@@ -121,20 +123,20 @@ def test_a_field_that_a_newer_megatron_core_has_is_not_refused_by_chance() -> No
     """So it fails the test above, until somebody decides about it."""
     config = observed.settings()
     newer = dataclasses.make_dataclass("Newer", [("switch", bool, dataclasses.field(default=False))], bases=(type(config.model),))
-    fields = {one.name: getattr(config.model, one.name) for one in dataclasses.fields(config.model) if one.init}
+    fields = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(config.model) if field.init}
     config.model = newer(**fields, switch=True)
     assert resolve(config, world_size=1, device="gpu", machine=HOPPER).config.model.switch
 
 
 def test_every_field_of_the_three_is_walked() -> None:
-    private = [one.name for kind in KINDS.values() for one in dataclasses.fields(kind) if one.name[0] == "_"]
+    private = [field.name for kind in KINDS.values() for field in dataclasses.fields(kind) if field.name[0] == "_"]
     assert private == ["_cpu_offloading_context"]
     assert len({*EVERY}) + len(private) == sum(len(dataclasses.fields(kind)) for kind in KINDS.values())
     assert {*REFUSED} | COVERED == {*EVERY}
     assert all(any(setting.startswith(f"{section}.") for setting in REFUSED) for section in KINDS)
 
 
-@pytest.mark.parametrize("setting", [one for one in DECIDED if one not in ON_ONE_GPU])
+@pytest.mark.parametrize("setting", [name for name in DECIDED if name not in ON_ONE_GPU])
 def test_a_kernel_that_gpus_always_have_cannot_be_switched_off(setting: str) -> None:
     assert setting in unsupported.ALWAYS_ON_GPUS
     with pytest.raises(UserError, match=f"`{setting}` is `False`, which does not work on GPUs: "):
@@ -163,8 +165,8 @@ def test_no_field_is_both_refused_and_carried_out() -> None:
 @pytest.fixture(scope="module")
 def changed(ranks: Any) -> dict[str, list[str]]:
     """For each setting that one process can try, what it changes."""
-    (found,) = ranks.run(_changes, 1, OBSERVED, BUILT)
-    return found
+    (changes,) = ranks.run(_changes, 1, OBSERVED, BUILT)
+    return changes
 
 
 def _changes(run: dict[str, Trial], built: dict[str, Trial]) -> dict[str, list[str]]:
@@ -186,7 +188,7 @@ def plain(ranks: Any) -> Any:
     def make(base: dict[str, Any]) -> Any:
         if repr(base) not in made:
             once, again = (ranks.run(observed.observe, 2, base) for _ in range(2))
-            assert [one["operations"] for one in once] == [one["operations"] for one in again]
+            assert [run["operations"] for run in once] == [run["operations"] for run in again]
             made[repr(base)] = again
         return made[repr(base)]
 
@@ -196,9 +198,9 @@ def plain(ranks: Any) -> Any:
 @pytest.mark.parametrize("setting", SENT)
 def test_a_setting_changes_what_pipeline_stages_do(setting: str, ranks: Any, plain: Any) -> None:
     trial = SENT[setting]
-    before, found = plain(trial.base), ranks.run(observed.observe, 2, {**trial.base, setting: trial.value})
-    assert not any("error" in one for one in [*found, *before]), found
-    assert [one["operations"] for one in found] != [one["operations"] for one in before]
+    before, after = plain(trial.base), ranks.run(observed.observe, 2, {**trial.base, setting: trial.value})
+    assert not any("error" in run for run in [*after, *before]), after
+    assert [run["operations"] for run in after] != [run["operations"] for run in before]
 
 
 @pytest.mark.parametrize("setting", DECIDED)

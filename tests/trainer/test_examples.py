@@ -31,11 +31,11 @@ def _as_script(name, *arguments):
 
 
 def _losses(text):
-    return [float(one) for one in re.findall(r"step +\d+/\d+  loss +([\d.]+)", text)]
+    return [float(number) for number in re.findall(r"step +\d+/\d+  loss +([\d.]+)", text)]
 
 
 def _norms(text):
-    return [float(one) for one in re.findall(r"grad norm +([\d.]+)", text)]
+    return [float(number) for number in re.findall(r"grad norm +([\d.]+)", text)]
 
 
 def _train(name, settings, step=None, **changes):
@@ -147,7 +147,7 @@ def _history_of_dataset(changes):
 
 def _history_of_model(settings, changes):
     history = _train("model", settings, **changes)
-    return history.losses, history.grad_norms, {name: one.numpy() for name, one in history.weights.items()}
+    return history.losses, history.grad_norms, {name: weight.numpy() for name, weight in history.weights.items()}
 
 
 def test_a_module_of_ones_own_trains_saves_and_resumes(ranks, tmp_path):
@@ -157,7 +157,7 @@ def test_a_module_of_ones_own_trains_saves_and_resumes(ranks, tmp_path):
     ranks.run(_history_of_model, 1, {"steps": 10, "save": str(tmp_path)}, changes)
     ((rest, _, resumed),) = ranks.run(_history_of_model, 1, {"steps": 20, "save": str(tmp_path)}, changes)
     assert rest == whole[10:]
-    assert all((resumed[name] == one).all() for name, one in weights.items())
+    assert all((resumed[name] == weight).all() for name, weight in weights.items())
     assert whole[-1] < whole[0] - 0.5
 
 
@@ -173,9 +173,9 @@ def test_a_module_of_ones_own_trains_saves_and_resumes(ranks, tmp_path):
 def test_a_module_of_ones_own_gives_the_same_curve_on_two_ranks(changes, ranks):
     changes = {"validation__eval_iters": 0, **changes}
     ((alone, norms, _),) = ranks.run(_history_of_model, 1, {"steps": 10}, {"validation__eval_iters": 0})
-    for losses, found, _ in ranks.run(_history_of_model, 2, {"steps": 10}, changes):
+    for losses, grad_norms, _ in ranks.run(_history_of_model, 2, {"steps": 10}, changes):
         assert losses == pytest.approx(alone, abs=1e-4)  # fp32, summed in another order
-        assert found == pytest.approx(norms, rel=1e-3)
+        assert grad_norms == pytest.approx(norms, rel=1e-3)
 
 
 def test_a_module_of_ones_own_resumes_at_another_layout_in_bf16(ranks, tmp_path):
@@ -197,8 +197,8 @@ def _bf16_model(settings):
 
 
 def test_a_module_without_stages_refuses_a_pipeline(ranks):
-    (said, _) = ranks.run(_refused_pipeline, 2)
-    assert said == (
+    (message, _) = ranks.run(_refused_pipeline, 2)
+    assert message == (
         "`model.pipeline_model_parallel_size` is `2`, but `Gru` cannot be cut into stages\n\nhint: give it `set_input_tensor`, "
         "as megatron-core's GPTModel has it, or leave the pipeline out"
     )
@@ -216,7 +216,7 @@ def _refused_pipeline():
 
 def test_the_callback_stops_the_run_right_after_the_evaluation(ranks):
     for text in ranks.run(_as_script, 2, "callback"):
-        seen = [float(one) for one in re.findall(r"validation loss ([\d.]+)", text)]
+        seen = [float(loss) for loss in re.findall(r"validation loss ([\d.]+)", text)]
         if not seen:  # one rank speaks
             continue
         stopped = int(re.findall(r"stopping after step (\d+)", text)[0])
@@ -282,13 +282,13 @@ def test_a_method_of_ones_own_trains_what_it_adds_at_every_layout(ranks, model_f
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     recomputed = {f"model__{name}": value for name, value in full.items()}
     for world, changes in ((2, {"model__tensor_model_parallel_size": 2}), (1, recomputed)):
-        for found, found_norms, found_names in ranks.run(_bottleneck, world, folder, changes):
-            assert found == pytest.approx(losses, abs=1e-4)
-            assert found_norms == pytest.approx(norms, rel=1e-3)
-            assert found_names == names
+        for other_losses, other_norms, other_names in ranks.run(_bottleneck, world, folder, changes):
+            assert other_losses == pytest.approx(losses, abs=1e-4)
+            assert other_norms == pytest.approx(norms, rel=1e-3)
+            assert other_names == names
 
 
 def test_the_bottleneck_runs(ranks):
-    said = ranks.run(_as_script, 1, "bottleneck")[0]
-    assert re.search(r"Bottlenecks: 34880 of 3\.4 M parameters are trained \(1\.03 %\), 8 modules", said)
-    assert len(_losses(said)) == 20
+    output = ranks.run(_as_script, 1, "bottleneck")[0]
+    assert re.search(r"Bottlenecks: 34880 of 3\.4 M parameters are trained \(1\.03 %\), 8 modules", output)
+    assert len(_losses(output)) == 20

@@ -31,7 +31,7 @@ SHORT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in FAMILIES])
+@pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES])
 def test_a_few_steps_are_those_of_transformers_and_adamw(family, ranks, tmp_path):
     folder = saved(small_model(family, dtype="float32", **NO_TIES.get(family, {})), tmp_path / "hf")
     steps_are_those_of_transformers(folder, ranks, SHORT)

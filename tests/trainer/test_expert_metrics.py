@@ -51,8 +51,8 @@ def train(changes: dict[str, Any]) -> Observer:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == "step"]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in records if line["kind"] == "step"]
 
 
 SEVERAL = {**MOE, "model.moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],
@@ -69,15 +69,15 @@ RESUMED = {
 def test_a_resumed_run_has_the_routers_of_the_uninterrupted_one_bit_for_bit(name, ranks, tmp_path):
     world, changes = RESUMED[name]
     whole = ranks.run(train, world, {**changes, "checkpoint.save": str(tmp_path / "whole")})
-    there = {**changes, "checkpoint.save": str(tmp_path / "parts"), "checkpoint.load": str(tmp_path / "parts")}
-    ranks.run(train, world, {**there, "train.exit_interval": STOPPED})
-    for one, other in zip(whole, ranks.run(train, world, there), strict=True):
-        assert other.losses == one.losses[STOPPED:]
-        assert other.layers == one.layers[STOPPED:]
-        assert witness.differences(one.left, other.left) == []
-        assert one.biases.keys() == other.biases.keys()
-        assert all(torch.equal(bias, other.biases[layer]) for layer, bias in one.biases.items())
-        assert all(bias.abs().sum() > 0 for bias in one.biases.values())
+    settings = {**changes, "checkpoint.save": str(tmp_path / "parts"), "checkpoint.load": str(tmp_path / "parts")}
+    ranks.run(train, world, {**settings, "train.exit_interval": STOPPED})
+    for uninterrupted, resumed in zip(whole, ranks.run(train, world, settings), strict=True):
+        assert resumed.losses == uninterrupted.losses[STOPPED:]
+        assert resumed.layers == uninterrupted.layers[STOPPED:]
+        assert witness.differences(uninterrupted.left, resumed.left) == []
+        assert uninterrupted.biases.keys() == resumed.biases.keys()
+        assert all(torch.equal(bias, resumed.biases[layer]) for layer, bias in uninterrupted.biases.items())
+        assert all(bias.abs().sum() > 0 for bias in uninterrupted.biases.values())
     assert bool(whole[0].biases) == (changes.get("model.moe_router_load_balancing_type") is not SEVERAL[_KIND])
     assert witness.metrics(tmp_path / "parts") == witness.metrics(tmp_path / "whole")
 
@@ -98,11 +98,11 @@ OTHERWISE = {
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_a_run_goes_on_at_another_number_of_expert_parallel_ranks(name, ranks, tmp_path):
     (world, before), (other_world, after) = OTHERWISE[name]
-    there = {**BALANCED, "checkpoint.save": str(tmp_path), "checkpoint.load": str(tmp_path)}
+    settings = {**BALANCED, "checkpoint.save": str(tmp_path), "checkpoint.load": str(tmp_path)}
     whole, *_ = ranks.run(train, world, {**BALANCED, **before})
-    ranks.run(train, world, {**there, **before, "train.exit_interval": STOPPED})
+    ranks.run(train, world, {**settings, **before, "train.exit_interval": STOPPED})
     tolerance = 1e-2 if "mixed_precision" in before else 1e-5  # sums in another order, in bf16 or in fp32
-    for resumed in ranks.run(train, other_world, {**there, **after}):
+    for resumed in ranks.run(train, other_world, {**settings, **after}):
         assert resumed.losses == pytest.approx(whole.losses[STOPPED:], abs=tolerance)
         assert {float(step) for name, step in resumed.left.items() if name.endswith(".step")} == {STEPS}
         if "mixed_precision" not in before:
@@ -121,9 +121,11 @@ def test_biases_of_routers_stay_in_fp32_where_weights_are_rounded(ranks, tmp_pat
 def test_each_layers_numbers_are_logged_on_request(ranks, tmp_path):
     layers = {**BALANCED, "model.num_layers": 4, "model.moe_layer_freq": [0, 1, 1, 1], "model.moe_per_layer_logging": True}
     two = {**layers, "model.pipeline_model_parallel_size": 2}
-    (one,) = ranks.run(train, 1, {**layers, "logger.run_dir": str(tmp_path / "one"), "checkpoint.save": str(tmp_path / "start")})
+    (history,) = ranks.run(
+        train, 1, {**layers, "logger.run_dir": str(tmp_path / "one"), "checkpoint.save": str(tmp_path / "start")}
+    )
     ranks.run(train, 2, {**two, "logger.run_dir": str(tmp_path / "two")})
-    for step, reported in zip(lines(tmp_path / "one"), one.layers, strict=True):
+    for step, reported in zip(lines(tmp_path / "one"), history.layers, strict=True):
         assert set(step["per_layer"]) == {"load_balancing_loss", "z_loss", "max_expert_load"}
         for name, values in step["per_layer"].items():
             assert len(values) == 4

@@ -112,7 +112,7 @@ def _with_auxiliary_losses(folder, steps, *, z=0.0):
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     samples = small.FixedTokens(model.config.vocab_size).build(None, 0, (10**6, 0, 0))[0]
-    found = []
+    measured = []
     for step in range(steps):
         optimizer.zero_grad()
         seen = [_microbatch(model, samples, step * BATCH + first, z) for first in range(0, BATCH, MICRO_BATCH)]
@@ -122,8 +122,8 @@ def _with_auxiliary_losses(folder, steps, *, z=0.0):
         optimizer.step()
         loss, balance, squares = (sum(values) / len(values) for values in list(zip(*seen, strict=True))[:3])
         loads = torch.stack(list(zip(*seen, strict=True))[3]).sum(0)
-        found.append((loss, balance, squares, (loads.amax(1) / loads.mean(1)).mean().item()))
-    return tuple(zip(*found, strict=True))
+        measured.append((loss, balance, squares, (loads.amax(1) / loads.mean(1)).mean().item()))
+    return tuple(zip(*measured, strict=True))
 
 
 def _microbatch(model, samples, first, z):
@@ -166,7 +166,7 @@ def test_auxiliary_losses_are_those_of_their_formulas_and_are_logged(case, ranks
         assert logged["z_loss"] == pytest.approx(squares, rel=TOLERANCE)
         assert logged["max_expert_load"] == pytest.approx(loads, rel=1e-6)
     without, _ = reference("mixtral", steps)
-    assert max(abs(one - other) for one, other in zip(losses, without, strict=True)) > 10 * TOLERANCE
+    assert max(abs(loss - plain) for loss, plain in zip(losses, without, strict=True)) > 10 * TOLERANCE
 
 
 def test_transformers_own_loss_is_of_all_layers_at_once_and_not_divided_by_the_experts_per_token(family_folder):

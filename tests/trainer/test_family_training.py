@@ -88,7 +88,7 @@ def loss_in_peft(folder, adapter, step):
 def test_generated_tokens_are_those_of_transformers(folder, ranks):
     theirs = transformers_tokens(folder)
     for world, layout, number in ((1, (), NEW), (2, ("model.tensor_model_parallel_size=2",), FEW)):
-        expected = [[token for token in one[:number] if token != END] for one in theirs]
+        expected = [[token for token in row[:number] if token != END] for row in theirs]
         assert tokens(ranks.run(answers, world, str(folder), layout, {"max_new_tokens": number})[-1]) == expected
 
 

@@ -18,7 +18,7 @@ STEPS, END = 12, 2
 def examples(tmp_path_factory):
     """Sums as prompts and completions."""
     file = tmp_path_factory.mktemp("examples") / "sums.jsonl"
-    pairs = [(one, other) for one in range(10) for other in range(10)]
+    pairs = [(first, second) for first in range(10) for second in range(10)]
     file.write_text("".join(json.dumps({"prompt": f"{a} and {b} are ", "completion": str(a + b)}) + "\n" for a, b in pairs))
     return file
 
@@ -27,18 +27,18 @@ def _told(examples, **changes):
     from trainer.config import FinetuningDatasetConfig
 
     dataset = FinetuningDatasetConfig(path=str(examples), sequence_length=64, split="80,20,0", num_workers=0)
-    told = {"train__train_iters": STEPS, "validation__eval_iters": 2, "validation__eval_interval": 6, "dataset": dataset}
-    return {**told, "validation__sample_interval": 6, "validation__sample_tokens": 4, **changes}
+    settings = {"train__train_iters": STEPS, "validation__eval_iters": 2, "validation__eval_interval": 6, "dataset": dataset}
+    return {**settings, "validation__sample_interval": 6, "validation__sample_tokens": 4, **changes}
 
 
-def _tokens(found):
+def _tokens(generated):
     """As transformers counts them: with the token that ends an answer."""
-    return [[*one["tokens"], *([END] if one["finished"] else [])] for one in found]
+    return [[*answer["tokens"], *([END] if answer["finished"] else [])] for answer in generated]
 
 
 def _lines(run: Path, kind: str):
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in records if line["kind"] == kind]
 
 
 def test_a_tuned_model_answers_in_transformers_as_it_does_here(ranks, model_folder, examples, tmp_path):
@@ -54,9 +54,9 @@ def test_a_tuned_model_answers_in_transformers_as_it_does_here(ranks, model_fold
     assert [line["iteration"] for line in samples] == [6, 6, 12, 12]
     assert all(line["prompt"].endswith("a r e") for line in samples)  # as this small tokenizer writes them
     mcore_to_hf(str(run), str(tmp_path / "back"))
-    (found,) = ranks.run(answers, 1, str(run))
-    assert _tokens(found) == transformers_tokens(tmp_path / "back")
-    assert _tokens(found) != transformers_tokens(model_folder("gqa"))
+    (generated,) = ranks.run(answers, 1, str(run))
+    assert _tokens(generated) == transformers_tokens(tmp_path / "back")
+    assert _tokens(generated) != transformers_tokens(model_folder("gqa"))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -86,9 +86,9 @@ def test_fine_tuning_that_names_no_model_is_refused(ranks, model_folder, example
 def test_no_tokenizer_or_nothing_to_ask_is_told_before_the_first_step(ranks, model_folder, tmp_path):
     from formats.errors import UserError
 
-    told = {"validation__sample_interval": 5, "train__train_iters": 1, "scheduler__lr_warmup_iters": 0}
+    settings = {"validation__sample_interval": 5, "train__train_iters": 1, "scheduler__lr_warmup_iters": 0}
     with pytest.raises(UserError, match="and there are no prompts"):
-        ranks.run(witness.train, 1, str(model_folder("gqa")), told)
+        ranks.run(witness.train, 1, str(model_folder("gqa")), settings)
 
 
 def test_examples_that_are_not_there_are_missed_before_the_model_is_loaded(ranks, model_folder, tmp_path):

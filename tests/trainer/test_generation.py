@@ -30,15 +30,15 @@ LAYOUTS = {
 }
 
 
-def answers(source: str, told: tuple[str, ...] = (), options: dict[str, Any] | None = None) -> Any:
+def answers(source: str, overrides: tuple[str, ...] = (), options: dict[str, Any] | None = None) -> Any:
     """Of this rank of an open world: what is generated, where it is the rank that speaks; what is wrong, if anything."""
     from trainer import parallel
     from trainer.generation import checkpoint
 
     options = dict(options or {})
-    prompts, pieces, found = options.pop("prompts", PROMPTS), [], []
+    prompts, pieces, generated = options.pop("prompts", PROMPTS), [], []
     try:
-        settings = checkpoint.make_run(source, ("dist.device=cpu", *told), world_size=parallel.world_size())
+        settings = checkpoint.make_run(source, ("dist.device=cpu", *overrides), world_size=parallel.world_size())
         checkpoint.run(
             source,
             lambda: prompts,
@@ -46,12 +46,12 @@ def answers(source: str, told: tuple[str, ...] = (), options: dict[str, Any] | N
             max_new_tokens=options.pop("max_new_tokens", NEW),
             sampling=Sampling(**options),
             tell=pieces.append,
-            done=lambda answers, _: found.extend(asdict(one) for one in answers),
+            done=lambda answers, _: generated.extend(asdict(answer) for answer in answers),
         )
     except UserError as error:
         return str(error)
-    assert "".join(pieces) == "".join(one["text"] for one in found)
-    return found
+    assert "".join(pieces) == "".join(answer["text"] for answer in generated)
+    return generated
 
 
 def transformers_tokens(folder: Path) -> list[list[int]]:
@@ -59,16 +59,16 @@ def transformers_tokens(folder: Path) -> list[list[int]]:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    found = []
+    generated = []
     for prompt in PROMPTS:
         asked = tokenizer(prompt, return_tensors="pt")["input_ids"]
         tokens = model.generate(asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=NEW, pad_token_id=0)
-        found.append(tokens[0, asked.shape[1] :].tolist())
-    return found
+        generated.append(tokens[0, asked.shape[1] :].tolist())
+    return generated
 
 
-def tokens(found: Any) -> list[list[int]]:
-    return [one["tokens"] for one in found]
+def tokens(generated: Any) -> list[list[int]]:
+    return [answer["tokens"] for answer in generated]
 
 
 def copied(folder: Path, target: Path, **changes: dict[str, Any]) -> Path:
@@ -93,17 +93,17 @@ def copied(folder: Path, target: Path, **changes: dict[str, Any]) -> Path:
 def test_without_sampling_the_tokens_are_those_of_transformers(variant, layouts, ranks, model_folder):
     folder = model_folder(variant)
     expected = transformers_tokens(folder)
-    for world, told in (LAYOUTS[name] for name in layouts):
-        found = ranks.run(answers, world, str(folder), told)[-1]
-        assert tokens(found) == expected
-        assert [one["prompt"] for one in found] == PROMPTS
-        assert not any(one["finished"] for one in found)
+    for world, overrides in (LAYOUTS[name] for name in layouts):
+        generated = ranks.run(answers, world, str(folder), overrides)[-1]
+        assert tokens(generated) == expected
+        assert [answer["prompt"] for answer in generated] == PROMPTS
+        assert not any(answer["finished"] for answer in generated)
 
 
 def test_a_sliding_window_holds_for_kept_keys_too(ranks, model_folder):
     folder = model_folder("gqa", family="mistral", sliding_window=8)
-    (found,) = ranks.run(answers, 1, str(folder))
-    assert tokens(found) == transformers_tokens(folder)
+    (generated,) = ranks.run(answers, 1, str(folder))
+    assert tokens(generated) == transformers_tokens(folder)
 
 
 def test_a_converted_checkpoint_and_a_trained_one_go_on_as_the_directory_does(ranks, model_folder, tmp_path):
@@ -121,18 +121,18 @@ def test_a_converted_checkpoint_and_a_trained_one_go_on_as_the_directory_does(ra
         {**rate, "checkpoint__save": str(tmp_path / "trained"), "model__tensor_model_parallel_size": 2},
     )
     for name in ("converted", "trained"):
-        (found,) = ranks.run(answers, 1, str(tmp_path / name))
-        assert tokens(found) == expected
+        (generated,) = ranks.run(answers, 1, str(tmp_path / name))
+        assert tokens(generated) == expected
 
 
 def test_a_seed_gives_the_same_text_at_every_layout(ranks, model_folder):
     folder = str(model_folder("padded_vocab"))
     how = {"temperature": 1.2, "top_k": 50, "top_p": 0.95, "seed": 7}
-    found = [tokens(ranks.run(answers, world, folder, told, how)[-1]) for world, told in LAYOUTS.values()]
-    assert all(one == found[0] for one in found)
-    assert tokens(ranks.run(answers, 1, folder, (), {**how, "seed": 8})[0]) != found[0]
+    by_layout = [tokens(ranks.run(answers, world, folder, overrides, how)[-1]) for world, overrides in LAYOUTS.values()]
+    assert all(rows == by_layout[0] for rows in by_layout)
+    assert tokens(ranks.run(answers, 1, folder, (), {**how, "seed": 8})[0]) != by_layout[0]
     # A prompt's text does not depend on the others.
-    assert tokens(ranks.run(answers, 1, folder, (), {**how, "prompts": PROMPTS[:1]})[0]) == found[0][:1]
+    assert tokens(ranks.run(answers, 1, folder, (), {**how, "prompts": PROMPTS[:1]})[0]) == by_layout[0][:1]
 
 
 @pytest.mark.parametrize(
@@ -184,17 +184,17 @@ def test_a_text_ends_where_the_files_of_the_model_say(name, ranks, model_folder,
     from tokenizers import Tokenizer
 
     word = Tokenizer.from_file(str(model_folder("gqa") / "tokenizer.json")).id_to_token(end)
-    told = {"eos_token_id": [2, end]} if name == "generation_config" else {"eos_token": word}
-    folder = copied(model_folder("gqa"), tmp_path / "model", **{name: told})
-    (found,) = ranks.run(answers, 1, str(folder), (), {"prompts": PROMPTS[1:2]})
-    assert found[0]["tokens"] == expected[:1]
-    assert found[0]["finished"]
+    changes = {"eos_token_id": [2, end]} if name == "generation_config" else {"eos_token": word}
+    folder = copied(model_folder("gqa"), tmp_path / "model", **{name: changes})
+    (generated,) = ranks.run(answers, 1, str(folder), (), {"prompts": PROMPTS[1:2]})
+    assert generated[0]["tokens"] == expected[:1]
+    assert generated[0]["finished"]
 
 
 def test_a_text_ends_with_the_longest_sequence_of_the_model(ranks, model_folder):
-    (found,) = ranks.run(answers, 1, str(model_folder("gqa")), (), {"prompts": ["from " * 250], "max_new_tokens": 100})
-    assert len(found[0]["tokens"]) == 6
-    assert not found[0]["finished"]
+    (generated,) = ranks.run(answers, 1, str(model_folder("gqa")), (), {"prompts": ["from " * 250], "max_new_tokens": 100})
+    assert len(generated[0]["tokens"]) == 6
+    assert not generated[0]["finished"]
 
 
 def test_what_a_tokenizer_begins_texts_with_is_put_before_prompts(ranks, model_folder, tmp_path):
@@ -205,60 +205,60 @@ def test_what_a_tokenizer_begins_texts_with_is_put_before_prompts(ranks, model_f
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (found,) = ranks.run(answers, 1, str(folder))
-    assert tokens(found) == transformers_tokens(folder) != transformers_tokens(model_folder("gqa"))
+    (generated,) = ranks.run(answers, 1, str(folder))
+    assert tokens(generated) == transformers_tokens(folder) != transformers_tokens(model_folder("gqa"))
 
 
 def test_an_empty_prompt_begins_with_the_token_that_the_model_names(ranks, model_folder):
-    (found,) = ranks.run(answers, 1, str(model_folder("gqa")), (), {"prompts": ["", "<s>"]})
-    assert found[0]["tokens"] == found[1]["tokens"]
+    (generated,) = ranks.run(answers, 1, str(model_folder("gqa")), (), {"prompts": ["", "<s>"]})
+    assert generated[0]["tokens"] == generated[1]["tokens"]
 
 
 def test_a_prompt_that_is_too_long_is_told_with_both_lengths(ranks, model_folder):
-    told = (
+    message = (
         "prompt 2 has `256` tokens, and the model's longest sequence is `256`\n\n"
         "hint: shorten it to 255 tokens or fewer: generated tokens count too"
     )
-    assert ranks.run(answers, 2, str(model_folder("gqa")), PP2, {"prompts": ["from", "from " * 256]}) == [told, told]
+    assert ranks.run(answers, 2, str(model_folder("gqa")), PP2, {"prompts": ["from", "from " * 256]}) == [message, message]
 
 
 def test_an_empty_prompt_needs_a_token_to_begin_with(ranks, model_folder, tmp_path):
     folder = copied(
         model_folder("gqa"), tmp_path / "model", config={"bos_token_id": None}, generation_config={"bos_token_id": None}
     )
-    (said,) = ranks.run(answers, 1, str(folder), (), {"prompts": [""]})
-    assert said == "prompt 1 is empty, and the tokenizer has no begin token\n\nhint: give a prompt with some text"
+    (message,) = ranks.run(answers, 1, str(folder), (), {"prompts": [""]})
+    assert message == "prompt 1 is empty, and the tokenizer has no begin token\n\nhint: give a prompt with some text"
 
 
 def test_a_model_without_a_tokenizer_says_how_to_name_one(ranks, model_folder, tmp_path):
     folder = copied(model_folder("gqa"), tmp_path / "model")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
-    (said,) = ranks.run(answers, 1, str(folder))
-    assert said == f"`{folder}` has no tokenizer\n\nhint: name a folder that has one: `tokenizer.tokenizer_model=DIR`"
-    (found,) = ranks.run(answers, 1, str(folder), (f"tokenizer.tokenizer_model={model_folder('gqa')}",))
-    assert tokens(found) == transformers_tokens(model_folder("gqa"))
+    (message,) = ranks.run(answers, 1, str(folder))
+    assert message == f"`{folder}` has no tokenizer\n\nhint: name a folder that has one: `tokenizer.tokenizer_model=DIR`"
+    (generated,) = ranks.run(answers, 1, str(folder), (f"tokenizer.tokenizer_model={model_folder('gqa')}",))
+    assert tokens(generated) == transformers_tokens(model_folder("gqa"))
 
 
 def test_a_tokenizer_of_another_model_is_refused(ranks, model_folder):
-    (said,) = ranks.run(answers, 1, str(model_folder("gqa", vocab_size=16)))
-    assert said.startswith("prompt 1 has the token id `")
-    assert said.endswith(
+    (message,) = ranks.run(answers, 1, str(model_folder("gqa", vocab_size=16)))
+    assert message.startswith("prompt 1 has the token id `")
+    assert message.endswith(
         ", and the model's vocabulary ends at `15`\n\n"
         "hint: the tokenizer is another model's: name the right one with `tokenizer.tokenizer_model=DIR`"
     )
 
 
 def test_processes_that_would_only_repeat_the_work_are_refused(ranks, model_folder):
-    said = ranks.run(answers, 2, str(model_folder("gqa")))[0]
-    assert said == (
+    message = ranks.run(answers, 2, str(model_folder("gqa")))[0]
+    assert message == (
         "`2` processes would hold `2` copies of the model, and prompts run one after another\n\n"
         "hint: start 1, or shard the model: `model.tensor_model_parallel_size=2`, for example"
     )
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"temperature": -1.0}, "`temperature` is `-1.0`\n\nhint: choose 0 or more"),
         ({"temperature": 1.0, "top_k": 0}, "`top_k` is `0`\n\nhint: choose 1 or more"),
@@ -272,10 +272,10 @@ def test_processes_that_would_only_repeat_the_work_are_refused(ranks, model_fold
         ),
     ],
 )
-def test_sampling_that_means_nothing_is_refused(how, said):
+def test_sampling_that_means_nothing_is_refused(how, message):
     with pytest.raises(UserError) as caught:
         Sampling(**how)
-    assert str(caught.value) == said
+    assert str(caught.value) == message
 
 
 class Generating(small.History):
@@ -288,8 +288,8 @@ class Generating(small.History):
             from trainer.generation.text import generate
 
             before = _states(run)
-            found = generate(run.chunks, tokenizers.load(run.config.model.hf_source), PROMPTS[:2], max_new_tokens=4)
-            assert all(len(one.tokens) == 4 for one in found)
+            generated = generate(run.chunks, tokenizers.load(run.config.model.hf_source), PROMPTS[:2], max_new_tokens=4)
+            assert all(len(answer.tokens) == 4 for answer in generated)
             assert _states(run) == before
 
 
@@ -333,13 +333,13 @@ def test_training_goes_on_bit_for_bit_after_generating(world, changes, ranks, mo
     plain, generating = (
         ranks.run(train_and_generate, world, folder, dropout | changes, kind) for kind in (small.History, Generating)
     )
-    for one, other in zip(plain, generating, strict=True):
-        assert one.losses == other.losses
-        assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    for expected, actual in zip(plain, generating, strict=True):
+        assert expected.losses == actual.losses
+        assert all(torch.equal(expected.weights[name], actual.weights[name]) for name in expected.weights)
 
 
-def mbtrain(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
-    return run_module("trainer", "generate", *arguments, said=said, env={"OMP_NUM_THREADS": "1"})
+def mbtrain(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return run_module("trainer", "generate", *arguments, said=stdin, env={"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.slow
@@ -347,12 +347,12 @@ def test_the_command_reads_prompts_from_lines_and_writes_json(model_folder):
     folder = model_folder("gqa")
     done = mbtrain(
         str(folder), "--prompt", PROMPTS[0], "--prompt-file", "-", "--max-new-tokens", str(NEW), "--nproc", "2", "--json",
-        "model.tensor_model_parallel_size=2", "dist.device=cpu", said=f"{PROMPTS[1]}\n\n{PROMPTS[2]}\n",
+        "model.tensor_model_parallel_size=2", "dist.device=cpu", stdin=f"{PROMPTS[1]}\n\n{PROMPTS[2]}\n",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [one["prompt"] for one in found] == PROMPTS
-    assert tokens(found) == transformers_tokens(folder)
+    generated = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["prompt"] for answer in generated] == PROMPTS
+    assert tokens(generated) == transformers_tokens(folder)
     assert f"{3 * NEW} tokens in" in done.stderr
 
 

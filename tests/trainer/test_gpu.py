@@ -89,9 +89,9 @@ def test_a_converted_llama_of_1b_shape_has_transformers_logits(dtype, name, tole
         assert difference < tolerance * max(1.0, expected.abs().max().item())
 
 
-def _distance(one, other):
+def _distance(first, second):
     """The largest difference of two curves."""
-    return max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
+    return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=True))
 
 
 def test_fp32_on_the_gpu_follows_the_cpu(ranks, folder):
@@ -128,9 +128,9 @@ def test_fp8_trains(precision, ranks, folder, one_gpu):
 
 
 def test_fp8_weights_load_and_train(ranks, folder, one_gpu):
-    told = {**GPU, "mixed_precision": "bf16_with_fp8_current_scaling_mixed"}
-    told |= {"ddp__use_distributed_optimizer": True, "ddp__fp8_param_gather": True}
-    (history,) = ranks.run(small.train, 1, str(folder), told)
+    settings = {**GPU, "mixed_precision": "bf16_with_fp8_current_scaling_mixed"}
+    settings |= {"ddp__use_distributed_optimizer": True, "ddp__fp8_param_gather": True}
+    (history,) = ranks.run(small.train, 1, str(folder), settings)
     assert history.losses[0] == pytest.approx(one_gpu.losses[0], abs=0.1)
     assert history.losses[-1] == pytest.approx(one_gpu.losses[-1], abs=0.1)
 
@@ -192,8 +192,8 @@ def test_layouts_over_two_gpus_give_one_gpus_curve_in_fp32(layout, ranks, folder
 
 def test_fp8_overlaps_tensor_parallel_messages(ranks, folder):
     _two_gpus()
-    told = {**GPU, "mixed_precision": "bf16_with_fp8_current_scaling_mixed", **LAYOUTS["tp2_sp"]}
-    apart, overlapped = (ranks.run(small.train, 2, str(folder), {**told, **more})[1] for more in ({}, OVERLAP))
+    settings = {**GPU, "mixed_precision": "bf16_with_fp8_current_scaling_mixed", **LAYOUTS["tp2_sp"]}
+    apart, overlapped = (ranks.run(small.train, 2, str(folder), {**settings, **more})[1] for more in ({}, OVERLAP))
     print(f"fp8: {_distance(apart, overlapped):.4f} with overlap")
     assert overlapped.losses == pytest.approx(apart.losses, rel=2**-7)
 
@@ -207,10 +207,10 @@ def adapted(ranks, folder):
         if kind not in known:
             (first,) = ranks.run(adapters.run, 1, str(folder), adapters.ONE_STEP, kind, {})
             made = torch.Generator().manual_seed(5)
-            random = {name: torch.randn(one.shape, generator=made) * 0.05 for name, one in first["weights"].items()}
-            begin = {name: first["weights"][name] if "magnitude" in name else one for name, one in random.items()}
-            (found,) = ranks.run(adapters.run, 1, str(folder), {"dataset__sequence_length": 128}, kind, {}, begin)
-            known[kind] = begin, found["losses"], found["grad_norms"]
+            random = {name: torch.randn(weight.shape, generator=made) * 0.05 for name, weight in first["weights"].items()}
+            begin = {name: first["weights"][name] if "magnitude" in name else weight for name, weight in random.items()}
+            (result,) = ranks.run(adapters.run, 1, str(folder), {"dataset__sequence_length": 128}, kind, {}, begin)
+            known[kind] = begin, result["losses"], result["grad_norms"]
         return known[kind]
 
     return make
@@ -219,10 +219,10 @@ def adapted(ranks, folder):
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
 def test_adapters_beside_transformer_engines_layers_follow_the_cpu(kind, ranks, folder, adapted):
     begin, losses, norms = adapted(kind)
-    (found,) = ranks.run(adapters.run, 1, str(folder), GPU, kind, {}, begin)
-    print(kind, "largest difference of losses", max(abs(a - b) for a, b in zip(found["losses"], losses, strict=True)))
-    assert found["losses"] == pytest.approx(losses, abs=1e-3)
-    assert found["grad_norms"] == pytest.approx(norms, rel=1e-2)
+    (result,) = ranks.run(adapters.run, 1, str(folder), GPU, kind, {}, begin)
+    print(kind, "largest difference of losses", max(abs(a - b) for a, b in zip(result["losses"], losses, strict=True)))
+    assert result["losses"] == pytest.approx(losses, abs=1e-3)
+    assert result["grad_norms"] == pytest.approx(norms, rel=1e-2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -231,27 +231,27 @@ def test_adapters_over_two_gpus_train_as_on_one(kind, layout, ranks, folder, ada
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     begin, losses, norms = adapted(kind)
-    for found in ranks.run(adapters.run, 2, str(folder), {**BF16, **LAYOUTS[layout]}, kind, {}, begin):
-        assert found["losses"] == pytest.approx(losses, rel=2**-7)
-        assert found["grad_norms"][0] == pytest.approx(norms[0], rel=0.05)
+    for result in ranks.run(adapters.run, 2, str(folder), {**BF16, **LAYOUTS[layout]}, kind, {}, begin):
+        assert result["losses"] == pytest.approx(losses, rel=2**-7)
+        assert result["grad_norms"][0] == pytest.approx(norms[0], rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
 def test_adapters_train_beside_fp8(kind, ranks, folder, adapted):
     begin, losses, _ = adapted(kind)
-    told = {**GPU, "mixed_precision": "bf16_with_fp8_current_scaling_mixed"}
+    settings = {**GPU, "mixed_precision": "bf16_with_fp8_current_scaling_mixed"}
     for changes in ({}, {"ddp__use_distributed_optimizer": True, "ddp__fp8_param_gather": True}):
-        (found,) = ranks.run(adapters.run, 1, str(folder), told | changes, kind, {}, begin)
-        assert found["losses"][-1] == pytest.approx(losses[-1], abs=0.1)
+        (result,) = ranks.run(adapters.run, 1, str(folder), settings | changes, kind, {}, begin)
+        assert result["losses"][-1] == pytest.approx(losses[-1], abs=0.1)
 
 
 def test_a_checkpoint_of_a_gpu_resumes_exactly_and_exports(ranks, folder, tmp_path):
     from converter import mcore_to_hf
 
-    told = {**BF16, "ddp__use_distributed_optimizer": True, "checkpoint__save": str(tmp_path / "run")}
-    (whole,) = ranks.run(small.train, 1, str(folder), {**told, "checkpoint__save": None})
-    (first,) = ranks.run(small.train, 1, str(folder), {**told, "train__exit_interval": 8, "checkpoint__async_save": True})
-    (rest,) = ranks.run(small.train, 1, str(folder), {**told, "checkpoint__load": str(tmp_path / "run")})
+    settings = {**BF16, "ddp__use_distributed_optimizer": True, "checkpoint__save": str(tmp_path / "run")}
+    (whole,) = ranks.run(small.train, 1, str(folder), {**settings, "checkpoint__save": None})
+    (first,) = ranks.run(small.train, 1, str(folder), {**settings, "train__exit_interval": 8, "checkpoint__async_save": True})
+    (rest,) = ranks.run(small.train, 1, str(folder), {**settings, "checkpoint__load": str(tmp_path / "run")})
     assert first.losses + rest.losses == pytest.approx(whole.losses, abs=2e-3)
     mcore_to_hf(str(tmp_path / "run"), str(tmp_path / "back"))
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -262,7 +262,7 @@ def _generated(folder: str, prompts: list[str]) -> list[list[int]]:
     from trainer.generation import checkpoint
     from trainer.generation.sampling import Sampling
 
-    found = []
+    generated = []
     checkpoint.run(
         folder,
         lambda: prompts,
@@ -270,9 +270,9 @@ def _generated(folder: str, prompts: list[str]) -> list[list[int]]:
         max_new_tokens=16,
         sampling=Sampling(),
         tell=None,
-        done=lambda answers, _: found.extend(list(one.tokens) for one in answers),
+        done=lambda answers, _: generated.extend(list(answer.tokens) for answer in answers),
     )
-    return found
+    return generated
 
 
 def test_greedy_text_on_the_gpu_is_transformers(ranks, tmp_path):

@@ -59,11 +59,12 @@ class Growing(packed.Given):
     def build(self, tokenizer: Any, vocab_size: int, samples: tuple[int, int, int]) -> Any:
         bounds = np.cumsum([0, *np.repeat(np.arange(1, 13), 2)])
         rows, count = Rows(np.arange(bounds[-1]), bounds), int(bounds[-1])
-        told = {"sequence_length": self.sequence_length, "packed": True, "multiple": 1, "seed": 1}
+        options = {"sequence_length": self.sequence_length, "packed": True, "multiple": 1, "seed": 1}
         made = [
-            ExampleDataset(packed.Drawn(count, longest=64), np.arange(count), rows=rows, shuffled=False, **told) for _ in samples
+            ExampleDataset(packed.Drawn(count, longest=64), np.arange(count), rows=rows, shuffled=False, **options)
+            for _ in samples
         ]
-        return tuple(one.take(number) if number else None for one, number in zip(made, samples, strict=True))
+        return tuple(dataset.take(number) if number else None for dataset, number in zip(made, samples, strict=True))
 
 
 def train(path: str, changes: dict[str, Any]) -> Captured:
@@ -71,11 +72,11 @@ def train(path: str, changes: dict[str, Any]) -> Captured:
     from trainer.loop import pretrain
 
     seen = Captured()
-    told = {
+    defaults = {
         "train__train_iters": 6, "train__global_batch_size": 4, "train__micro_batch_size": 2, "validation__eval_interval": 2,
         "validation__eval_iters": 1,
     }  # fmt: skip
-    config = small.settings(Path(path), **{**told, **changes})
+    config = small.settings(Path(path), **{**defaults, **changes})
     if "dataset" not in changes:
         config.dataset.sequence_length = LENGTH
     pretrain(config, callbacks=[seen])
@@ -95,8 +96,8 @@ def assert_same(captured: Captured, plain: Captured) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_a_captured_step_trains_as_its_kernels_do(family, precision, ranks, family_folder):
-    path, told = str(family_folder(family)), {"mixed_precision": precision}
-    (captured,), (plain,) = (ranks.run(train, 1, path, {**told, **chosen}) for chosen in (GRAPH, {"dist__device": "gpu"}))
+    path, settings = str(family_folder(family)), {"mixed_precision": precision}
+    (captured,), (plain,) = (ranks.run(train, 1, path, {**settings, **chosen}) for chosen in (GRAPH, {"dist__device": "gpu"}))
     assert_same(captured, plain)
 
 
@@ -118,14 +119,14 @@ def folders(tmp_path_factory):
 def test_adapters_on_packed_rows_are_trained_the_same_and_captured_again_for_more_segments(kind, targets, ranks, folders):
     from trainer.peft import LoRA
 
-    told = {
+    settings = {
         "mixed_precision": "bf16_mixed", "dataset": Growing(), "train__train_iters": 6, "train__global_batch_size": 4,
         "peft": LoRA(dim=8) if targets == "all" else LoRA(dim=8, target_modules=("linear_qkv", "linear_proj")),
         "checkpoint__pretrained_checkpoint": str(folders / kind), "validation__eval_iters": 1, "optimizer__lr": 1e-3,
     }  # fmt: skip
     for rows in (1, 2):
         (captured,), (plain,) = (
-            ranks.run(train, 1, str(folders / kind), {**told, "train__micro_batch_size": rows, **chosen})
+            ranks.run(train, 1, str(folders / kind), {**settings, "train__micro_batch_size": rows, **chosen})
             for chosen in (GRAPH, NEVER)
         )
         print(kind, targets, rows, captured.graphs)
@@ -137,9 +138,9 @@ def test_adapters_on_packed_rows_are_trained_the_same_and_captured_again_for_mor
 
 
 def test_a_captured_run_resumes_to_the_bit(ranks, folders, tmp_path):
-    path, told = str(folders / "dense"), {**GRAPH, "mixed_precision": "bf16_mixed", "train__train_iters": 6}
-    (whole,) = ranks.run(train, 1, path, told)
-    saved = {**told, "checkpoint__save": str(tmp_path / "run")}
+    path, settings = str(folders / "dense"), {**GRAPH, "mixed_precision": "bf16_mixed", "train__train_iters": 6}
+    (whole,) = ranks.run(train, 1, path, settings)
+    saved = {**settings, "checkpoint__save": str(tmp_path / "run")}
     (first,) = ranks.run(train, 1, path, {**saved, "train__exit_interval": 3})
     (second,) = ranks.run(train, 1, path, {**saved, "checkpoint__load": saved["checkpoint__save"]})
     assert first.losses + second.losses == whole.losses

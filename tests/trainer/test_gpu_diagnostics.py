@@ -85,5 +85,5 @@ def test_memory_is_written_when_it_is_full_also_outside_the_steps_that_are_recor
 @pytest.mark.parametrize("setting", ["log_straggler", "gpu_sniff_test"])
 def test_the_slowest_and_the_fastest_are_told(setting: str, ranks: Any, folder: str, tmp_path: Path) -> None:
     changes = {**PLAN, f"diagnostics__{setting}": True, "logger__log_interval": 2}
-    (said,) = ranks.run(_said, 1, folder, str(tmp_path / "log"), changes)
-    assert {"log_straggler": "MnRtt/Rnk", "gpu_sniff_test": "GEMM throughput"}[setting] in said
+    (output,) = ranks.run(_said, 1, folder, str(tmp_path / "log"), changes)
+    assert {"log_straggler": "MnRtt/Rnk", "gpu_sniff_test": "GEMM throughput"}[setting] in output

@@ -64,12 +64,12 @@ def measured(request, ranks, work):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_those_of_transformers(name, measured, work):
-    layout, found = measured
-    wrong = [text for key, text in found.items() if key[0] == name and not isinstance(text, torch.Tensor)]
+    layout, logits = measured
+    wrong = [text for key, text in logits.items() if key[0] == name and not isinstance(text, torch.Tensor)]
     skip_without_kernels(wrong)
     assert not wrong, wrong
     exact = by_transformers(work / name / "hf", "float32", ROWS)
-    fp32, bf16 = (found[name, precision][..., : exact.shape[-1]] for precision in PRECISIONS)
+    fp32, bf16 = (logits[name, precision][..., : exact.shape[-1]] for precision in PRECISIONS)
     theirs = (by_transformers(work / name / "hf", "bfloat16", ROWS) - exact).abs()
     ours, largest = (bf16 - exact).abs(), exact.abs().max().item()
     difference = (fp32 - exact).abs().max().item() / largest

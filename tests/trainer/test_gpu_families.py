@@ -27,14 +27,14 @@ Tokens = list[list[int]]
 
 def logits_of_each(work: str, names: list[str], settings: dict[str, Any], tokens: Tokens = TOKENS) -> dict[str, Any]:
     """Of every family and precision: logits of the model that `mbtrain` builds, or what went wrong."""
-    found = {}
+    logits = {}
     for name in names:
         for precision in PRECISIONS:
             try:
-                found[name, precision] = _logits(Path(work) / name, precision, settings, tokens)
+                logits[name, precision] = _logits(Path(work) / name, precision, settings, tokens)
             except Exception:
-                found[name, precision] = traceback.format_exc()
-    return found
+                logits[name, precision] = traceback.format_exc()
+    return logits
 
 
 def _logits(folder: Path, precision: str, settings: dict[str, Any], tokens: Tokens) -> torch.Tensor:
@@ -97,12 +97,12 @@ def by_transformers(folder: Path, dtype: str, tokens: Tokens = TOKENS) -> torch.
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_logits_are_those_of_transformers(name, measured, work):
-    layout, found = measured
-    wrong = [text for key, text in found.items() if key[0] == name and not isinstance(text, torch.Tensor)]
+    layout, logits = measured
+    wrong = [text for key, text in logits.items() if key[0] == name and not isinstance(text, torch.Tensor)]
     skip_without_kernels(wrong)
     assert not wrong, wrong
     exact = by_transformers(work / name / "hf", "float32")
-    fp32, bf16 = (found[name, precision][..., : exact.shape[-1]] for precision in PRECISIONS)
+    fp32, bf16 = (logits[name, precision][..., : exact.shape[-1]] for precision in PRECISIONS)
     theirs = (by_transformers(work / name / "hf", "bfloat16") - exact).abs()
     ours, largest = (bf16 - exact).abs(), exact.abs().max().item()
     difference = (fp32 - exact).abs().max().item()

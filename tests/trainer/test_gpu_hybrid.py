@@ -29,8 +29,8 @@ def test_logits_of_hybrids_are_those_of_transformers(tp, ranks, tmp_path):
         for precision, dtype in (("fp32", "fp32"), ("bf16_mixed", "keep")):
             hf_to_mcore(tmp_path / name / "hf", tmp_path / name / f"megatron_{precision}", tp=2, dtype=dtype, layout="hybrid")
     settings = {"layout": "hybrid", **({"tensor_model_parallel_size": tp} if tp > 1 else {})}
-    found = ranks.run(logits_of_each, tp, str(tmp_path), FAMILIES, settings)[0]
-    for (name, precision), logits in found.items():
+    results = ranks.run(logits_of_each, tp, str(tmp_path), FAMILIES, settings)[0]
+    for (name, precision), logits in results.items():
         assert isinstance(logits, torch.Tensor), logits
         exact = by_transformers(tmp_path / name / "hf", "float32")
         error = (logits[..., : exact.shape[-1]] - exact).abs()
@@ -49,6 +49,6 @@ def test_mamba_layers_are_trained_as_by_transformers_and_adamw(name, ranks, tmp_
     folder = models.save(model, tmp_path / "hf")
     losses, _ = test_parity._reference(folder, FEW)
     changes = {**SHORT, "model__moe_router_bias_update_rate": 0.0, "dist__device": "gpu"}
-    found = ranks.run(small.train, 1, str(folder), changes)[0].losses
-    print(f"\n{name} with {' and '.join(kernels) or 'torch alone'}: {found}, transformers' {losses}")
-    assert found == pytest.approx(losses, abs=1e-3)  # Mamba's kernels may multiply in TF32
+    actual = ranks.run(small.train, 1, str(folder), changes)[0].losses
+    print(f"\n{name} with {' and '.join(kernels) or 'torch alone'}: {actual}, transformers' {losses}")
+    assert actual == pytest.approx(losses, abs=1e-3)  # Mamba's kernels may multiply in TF32

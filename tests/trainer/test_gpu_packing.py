@@ -63,7 +63,7 @@ def test_packed_losses_and_gradients_are_those_of_examples_alone(layout, ranks, 
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
     for seen in ranks.run(packed.train, world, str(folder), True, told("bf16_mixed", **changes)):
-        worst = max(abs(one - other) for one, other in zip(seen.losses, alone.losses, strict=True))
+        worst = max(abs(actual - expected) for actual, expected in zip(seen.losses, alone.losses, strict=True))
         print(layout, "largest difference of losses", worst, "gradient norms", seen.grad_norms, alone.grad_norms)
         # Neighbours in bf16 lie 2^-8 apart; sums in another order may end two of them away.
         assert seen.losses == pytest.approx(alone.losses, rel=2**-7)

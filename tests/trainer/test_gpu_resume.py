@@ -52,10 +52,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_with_deterministic_k
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
     folder = str(models.save(models.build("gqa", **SHAPE), tmp_path / "model"))
-    told, there = {**TOLD, **changes}, {"checkpoint__save": str(tmp_path / "run"), "checkpoint__load": str(tmp_path / "run")}
+    settings = {**TOLD, **changes}
+    checkpoint = {"checkpoint__save": str(tmp_path / "run"), "checkpoint__load": str(tmp_path / "run")}
     # It saves too: after the last step, ranks gather the weights that they divide only where something asks for them.
-    whole = ranks.run(_deterministic, world, folder, {**told, "checkpoint__save": str(tmp_path / "whole")})
-    ranks.run(_deterministic, world, folder, {**told, **there, "train__exit_interval": STOPPED})
-    for one, other in zip(whole, ranks.run(_deterministic, world, folder, {**told, **there}), strict=True):
-        assert other.losses == one.losses[STOPPED:]
-        assert witness.differences(one.left, other.left) == []
+    whole = ranks.run(_deterministic, world, folder, {**settings, "checkpoint__save": str(tmp_path / "whole")})
+    ranks.run(_deterministic, world, folder, {**settings, **checkpoint, "train__exit_interval": STOPPED})
+    for uninterrupted, resumed in zip(whole, ranks.run(_deterministic, world, folder, {**settings, **checkpoint}), strict=True):
+        assert resumed.losses == uninterrupted.losses[STOPPED:]
+        assert witness.differences(uninterrupted.left, resumed.left) == []

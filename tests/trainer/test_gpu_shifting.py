@@ -40,7 +40,9 @@ def test_several_buckets_with_padding_are_saved_right_on_two_gpus(async_save, ra
     """Kernels are not deterministic here: losses are near, and masters are compared with weights."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    pairs = shifting.in_two(lambda told: ranks.run(shifting.train, 2, folder, {**GPU, **told}), tmp_path, async_save=async_save)
+    pairs = shifting.in_two(
+        lambda changes: ranks.run(shifting.train, 2, folder, {**GPU, **changes}), tmp_path, async_save=async_save
+    )
     for whole, resumed in pairs:
         print(f"uninterrupted {whole.losses[shifting.STOPPED :]}, resumed {resumed.losses}")
     assert check(tmp_path).wrong_masters == []

@@ -12,8 +12,8 @@ from trainer.settings.resolve import resolve
 
 def resolved(recipe: str, *overrides: str) -> tuple[dict, list[str]]:
     run = resolve(read_run(recipe, overrides=overrides), world_size=1, device="cpu" if recipe == "llama_tiny" else "gpu")
-    told = [choice.setting for choice in run.explanations if choice.setting.startswith("model.hf_config")]
-    return run.config.model.hf_config, told
+    explained = [choice.setting for choice in run.explanations if choice.setting.startswith("model.hf_config")]
+    return run.config.model.hf_config, explained
 
 
 @pytest.mark.parametrize("recipe", ["llama_tiny", "llama32_1b"])
@@ -22,10 +22,10 @@ def test_a_recipe_as_it_is_keeps_its_config_json(recipe: str) -> None:
 
 
 def test_a_smaller_model_is_exported_as_what_it_is() -> None:
-    described, told = resolved("llama_tiny", "model.num_layers=2", "model.ffn_hidden_size=512", "model.vocab_size=300")
+    described, explained = resolved("llama_tiny", "model.num_layers=2", "model.ffn_hidden_size=512", "model.vocab_size=300")
     config = AutoConfig.for_model(**described)
     assert (config.num_hidden_layers, config.intermediate_size, config.vocab_size) == (2, 512, 300)
-    assert told == ["model.hf_config.num_hidden_layers", "model.hf_config.intermediate_size", "model.hf_config.vocab_size"]
+    assert explained == ["model.hf_config.num_hidden_layers", "model.hf_config.intermediate_size", "model.hf_config.vocab_size"]
 
 
 def test_other_numbers_of_a_scaled_rope_stay() -> None:

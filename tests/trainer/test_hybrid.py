@@ -61,9 +61,9 @@ def test_arguments_that_hybrid_model_lacks_are_carried_out_too(variant, ranks, m
 @pytest.mark.parametrize("layout", ["tp1", "pp2", "dp2_distributed"])
 def test_a_run_goes_on_in_the_other_layout(layout, layouts, folder, alone, ranks, tmp_path):  # noqa: PLR0917 - fixtures
     (before, after), (world, changes) = layouts.split(", "), {**LAYOUTS, **DISTRIBUTED}[layout]
-    there = {**SHORT, **changes, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    ranks.run(small.train, world, str(folder), {**there, "model__layout": before, "train__exit_interval": STOPPED})
-    for history in ranks.run(small.train, world, str(folder), {**there, "model__layout": after}):
+    settings = {**SHORT, **changes, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    ranks.run(small.train, world, str(folder), {**settings, "model__layout": before, "train__exit_interval": STOPPED})
+    for history in ranks.run(small.train, world, str(folder), {**settings, "model__layout": after}):
         assert history.losses == pytest.approx(alone.losses[STOPPED:], abs=1e-5)
         assert history.grad_norms == pytest.approx(alone.grad_norms[STOPPED:], rel=1e-4)
 
@@ -81,9 +81,9 @@ def nets(request, tmp_path_factory):
 def test_gated_delta_nets_are_trained_in_either_layout_and_go_on_in_the_other(layout, nets, ranks, tmp_path):
     world, changes = LAYOUTS[layout]
     whole, *_ = ranks.run(witness.train, world, str(nets), {**SHORT, **changes})
-    there = {**SHORT, **changes, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    stopped = ranks.run(small.train, world, str(nets), {**there, **HYBRID, "train__exit_interval": STOPPED})
-    for first, last in zip(stopped, ranks.run(small.train, world, str(nets), there), strict=True):
+    settings = {**SHORT, **changes, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    stopped = ranks.run(small.train, world, str(nets), {**settings, **HYBRID, "train__exit_interval": STOPPED})
+    for first, last in zip(stopped, ranks.run(small.train, world, str(nets), settings), strict=True):
         assert [*first.losses, *last.losses] == pytest.approx(whole.losses, abs=1e-5)
         assert [*first.grad_norms, *last.grad_norms] == pytest.approx(whole.grad_norms, rel=1e-4)
     for history in ranks.run(small.train, world, str(nets), {**SHORT, **changes, **HYBRID}):
@@ -100,31 +100,31 @@ def test_what_is_saved_is_exported_and_trained_on_in_either_layout(folder, ranks
     for layout in ("gpt", "hybrid"):
         changes = {**still, "checkpoint__pretrained_checkpoint": str(tmp_path / "run"), "model__layout": layout}
         assert ranks.run(small.train, 1, str(folder), changes)[0].losses == pytest.approx(first, abs=1e-5)
-    found = ranks.run(test_generation.answers, 1, str(tmp_path / "run"), ("model.layout=hybrid",))[-1]
-    expected = [[token for token in one if token != END] for one in test_generation.transformers_tokens(folder)]
-    assert test_generation.tokens(found) == expected
+    generated = ranks.run(test_generation.answers, 1, str(tmp_path / "run"), ("model.layout=hybrid",))[-1]
+    expected = [[token for token in row if token != END] for row in test_generation.transformers_tokens(folder)]
+    assert test_generation.tokens(generated) == expected
 
 
 def test_adapters_are_in_peft_what_they_are_here(folder, ranks, tmp_path):
     changes = {**SHORT, **LAYOUTS["tp2"][1], **HYBRID, "peft": LoRA(dim=4, alpha=8)}
     whole, *_ = ranks.run(small.train, 2, str(folder), changes)
-    there = {**changes, "checkpoint__save": str(tmp_path / "run"), "checkpoint__load": str(tmp_path / "run")}
-    ranks.run(small.train, 2, str(folder), {**there, "train__exit_interval": STOPPED})
+    settings = {**changes, "checkpoint__save": str(tmp_path / "run"), "checkpoint__load": str(tmp_path / "run")}
+    ranks.run(small.train, 2, str(folder), {**settings, "train__exit_interval": STOPPED})
     adapter_to_hf(tmp_path / "run", tmp_path / "adapter")
     assert loss_in_peft(folder, tmp_path / "adapter", STOPPED) == pytest.approx(whole.losses[STOPPED], abs=1e-5)
     assert ranks.run(test_generation.answers, 1, str(tmp_path / "run"))[-1]
     with pytest.raises(UserError, match=r"has adapters of the layout `hybrid`, and `model.layout` is `gpt`"):
-        ranks.run(small.train, 2, str(folder), {**there, "model__layout": "gpt"})
-    resumed, *_ = ranks.run(small.train, 2, str(folder), there)
+        ranks.run(small.train, 2, str(folder), {**settings, "model__layout": "gpt"})
+    resumed, *_ = ranks.run(small.train, 2, str(folder), settings)
     assert resumed.losses == whole.losses[STOPPED:]
 
 
 def test_what_is_not_stored_by_weights_is_not_resumed_in_the_other_layout(ranks, model_folder, tmp_path):
     stored = {"ddp__use_distributed_optimizer": True, "checkpoint__optim_sharding": "dp_reshardable"}
-    there = {**SHORT, **stored, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    ranks.run(small.train, 1, str(model_folder("gqa")), {**there, "train__exit_interval": 1})
+    settings = {**SHORT, **stored, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    ranks.run(small.train, 1, str(model_folder("gqa")), {**settings, "train__exit_interval": 1})
     with pytest.raises(UserError) as error:
-        ranks.run(small.train, 1, str(model_folder("gqa")), {**there, **HYBRID})
+        ranks.run(small.train, 1, str(model_folder("gqa")), {**settings, **HYBRID})
     assert error.value.args[0] == (
         f"`{tmp_path}/iter_0000001` was saved in the layout `gpt`, and `model.layout` is `hybrid`: the optimizer's state is "
         "stored `dp_reshardable`, not by weights"

@@ -26,14 +26,14 @@ EAGER = {"train__train_iters": STEPS, "checkpoint__save_interval": 1, "checkpoin
 
 def _good(root):
     """The checkpoint that a start would resume from, read in full."""
-    found = iterations.latest(str(root))
-    assert found is not None
-    reader = TorchDistReader(LocalFolder(found))
+    folder = iterations.latest(str(root))
+    assert folder is not None
+    reader = TorchDistReader(LocalFolder(folder))
     reader.check(reader.specs)
     for name in reader.container.object_names:
         reader.container.archive(name).pickle()
     reader.close()
-    return found
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,15 @@ def uninterrupted(ranks, model_folder):
     return ranks.run(witness.train, 2, str(model_folder()), plain)
 
 
-@pytest.mark.parametrize(("kind", "one"), [("sync", 0), ("async", 1)])
-def test_kill_9_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(kind, one, model_folder, tmp_path, uninterrupted):
+@pytest.mark.parametrize(("kind", "rank"), [("sync", 0), ("async", 1)])
+def test_kill_9_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(kind, rank, model_folder, tmp_path, uninterrupted):
     root = tmp_path / "run"
     changes = {**EAGER, "checkpoint__save": str(root), "checkpoint__load": str(root)}
     changes |= {"checkpoint__async_save": kind == "async"}
     seed = time.time_ns()
     print("seed", seed)
     drawn = random.Random(seed)
-    for number, killed in enumerate([(0, 1), (one,)]):
+    for number, killed in enumerate([(0, 1), (rank,)]):
         run = Mortal(model_folder(), changes, world=2, log=tmp_path / f"log{number}")
         before = iterations.latest(str(root))
         run.until(lambda before=before: (root / iterations.TRACKER).exists() and iterations.latest(str(root)) != before)
@@ -62,10 +62,10 @@ def test_kill_9_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(kind, on
         assert good.name >= "iter_0000001"
     last = Mortal(model_folder(), changes, world=2, log=tmp_path / "log")
     answers = last.wait()
-    said = (tmp_path / "log").read_text()
+    output = (tmp_path / "log").read_text()
     for path in left:
-        assert f"note: `{path}` is left of a save that was interrupted; it can be removed" in said
-    assert f"resumed {good}: step {int(good.name[5:])}, {small.BATCH * int(good.name[5:])} samples consumed" in said
+        assert f"note: `{path}` is left of a save that was interrupted; it can be removed" in output
+    assert f"resumed {good}: step {int(good.name[5:])}, {small.BATCH * int(good.name[5:])} samples consumed" in output
     for whole, resumed in zip(uninterrupted, answers, strict=True):
         assert witness.differences(whole.left, resumed.left) == []
 
@@ -78,10 +78,10 @@ def _train_and_look(folder, changes, root, kept):
     numbers = itertools.count()
     looking = [True]
 
-    def look(event, told):
-        if not looking[0] or event not in _CHANGES or not str(told[0]).startswith(root):
+    def look(event, arguments):
+        if not looking[0] or event not in _CHANGES or not str(arguments[0]).startswith(root):
             return
-        if event == "open" and isinstance(told[1], str) and "r" in told[1]:
+        if event == "open" and isinstance(arguments[1], str) and "r" in arguments[1]:
             return
         looking[0] = False
         shutil.copytree(root, Path(kept) / f"{next(numbers):04}-{event}")
@@ -126,8 +126,8 @@ def test_keep_last_removes_only_this_trainers_own_older_checkpoints(ranks, model
     (root / "iter_0000001").mkdir()
     (root / "iter_0000001" / "notes.txt").touch()
     ranks.run(witness.train, 1, str(model_folder()), changes)
-    there = {path.name for path in root.iterdir() if path.is_dir()}
-    assert there == {"iter_0000000", "iter_0000001", "iter_0000009.partial", "iter_0000004", "iter_0000006"}
+    folders = {path.name for path in root.iterdir() if path.is_dir()}
+    assert folders == {"iter_0000000", "iter_0000001", "iter_0000009.partial", "iter_0000004", "iter_0000006"}
     assert iterations.latest(str(root)).name == "iter_0000006"
 
 
@@ -140,10 +140,10 @@ def test_a_save_that_the_disk_refuses_is_told_once_and_the_last_good_checkpoint_
     if kind == "folder":
         (root / "iter_0000002.partial").touch()
     changes |= {"train__exit_interval": 2, "checkpoint__async_save": kind == "async"}
-    told = ranks.run(_without_room, 2, str(model_folder()), changes, 65536 if kind != "folder" else -1)
-    assert len({text for text, _ in told}) == 1
-    assert sorted(silent for _, silent in told) == [False, True]
-    text = told[0][0]
+    reports = ranks.run(_without_room, 2, str(model_folder()), changes, 65536 if kind != "folder" else -1)
+    assert len({text for text, _ in reports}) == 1
+    assert sorted(silent for _, silent in reports) == [False, True]
+    text = reports[0][0]
     way_out = "let this user write there" if kind == "folder" else "make room"
     why = "File exists (" if kind == "folder" else "rank 0: `RuntimeError` in `megatron/"
     assert text.startswith(f"saving `{root}/iter_0000002.partial` failed: {why}"), text
@@ -193,9 +193,9 @@ def test_a_clock_saves_and_ends_runs(ranks, model_folder, tmp_path):
 class _Slow(small.FixedTokens):
     """Takes longer to build than the run may take."""
 
-    def build(self, *told):
+    def build(self, *arguments):
         time.sleep(1.5)
-        return super().build(*told)
+        return super().build(*arguments)
 
 
 def _two_slow_starts(folder):

@@ -128,13 +128,13 @@ def test_arguments_and_variables_reach_the_program_unchanged(tmp_path):
 def test_a_job_goes_on_from_where_it_saves(word):
     """Also where the home directory is another one in the job."""
     words = ("checkpoint.save=x", word)
-    told = read_run("llama_tiny", overrides=words).checkpoint
-    again = launch.resumable(told, words)
+    checkpoint = read_run("llama_tiny", overrides=words).checkpoint
+    again = launch.resumable(checkpoint, words)
     assert again == (*words, word.lstrip("+").replace("save", "load"))
-    assert read_run("llama_tiny", overrides=again).checkpoint.load == told.save
-    assert read_run("llama_tiny", overrides=launch.resumable(told, ())).checkpoint.load == told.save
-    told.load = "elsewhere"
-    assert launch.resumable(told, words) == words
+    assert read_run("llama_tiny", overrides=again).checkpoint.load == checkpoint.save
+    assert read_run("llama_tiny", overrides=launch.resumable(checkpoint, ())).checkpoint.load == checkpoint.save
+    checkpoint.load = "elsewhere"
+    assert launch.resumable(checkpoint, words) == words
 
 
 def test_a_job_that_would_lose_what_it_has_trained_is_refused(tmp_path):
@@ -177,10 +177,10 @@ for (( n = 0; n < 600; n++ )); do sleep 0.1; [ ! -e {0}/end ] || exit $(cat {0}/
 
 
 @pytest.mark.parametrize(
-    ("ends", "signalled", "code", "said"),
+    ("ends", "signalled", "code", "logged"),
     [(None, True, 1, ["saved", "requeue 4021234"]), ("0", False, 0, []), ("3", False, 3, []), ("0", True, 0, [])],
 )
-def test_a_job_whose_time_is_up_saves_and_goes_back_into_the_queue(ends, signalled, code, said, tmp_path):
+def test_a_job_whose_time_is_up_saves_and_goes_back_into_the_queue(ends, signalled, code, logged, tmp_path):
     """And one that is done, or has failed, does not. Slurm's programs are stand-ins; bash runs the script."""
     programs, log = tmp_path / "programs", tmp_path / "said"
     log.touch()
@@ -197,7 +197,7 @@ def test_a_job_whose_time_is_up_saves_and_goes_back_into_the_queue(ends, signall
     else:
         (tmp_path / "end").write_text(ends)
     assert job.wait(60) == code
-    assert log.read_text().splitlines() == said
+    assert log.read_text().splitlines() == logged
 
 
 # A checkpoint that takes until there is a file, after the signal.

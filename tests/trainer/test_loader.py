@@ -24,7 +24,7 @@ DATA = Mock(samples=48, sequence_length=LENGTH, vocab_size=1000, seed=1, split=0
 
 
 def rows(microbatches):
-    return [tuple(row) for one in microbatches for row in one["tokens"].tolist()]
+    return [tuple(row) for batch in microbatches for row in batch["tokens"].tolist()]
 
 
 def expected(*numbers):
@@ -90,8 +90,8 @@ def test_processes_that_read_ahead_change_nothing_and_end_with_the_generator(tmp
     alone = rows(batches(train, **options))
     others = set(multiprocessing.active_children())
     together = batches(train, num_workers=2, **options)
-    found = [next(together) for _ in range(10)]
-    assert rows(found) == alone[:20]
+    microbatches = [next(together) for _ in range(10)]
+    assert rows(microbatches) == alone[:20]
     workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
     together.close()

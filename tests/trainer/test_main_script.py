@@ -54,5 +54,5 @@ def test_a_call_without_a_guard_is_refused_where_processes_are_started(workers, 
 
 def test_a_process_that_imports_the_script_again_is_refused(ranks, tmp_path):
     (tmp_path / "train.py").write_text(BARE.format(workers=0, save=None) + "if True:\n    train()\n")
-    (said,) = ranks.run(_said, 1, str(tmp_path / "train.py"), True)
-    assert said == TOLD
+    (message,) = ranks.run(_said, 1, str(tmp_path / "train.py"), True)
+    assert message == TOLD

@@ -29,27 +29,27 @@ def test_a_few_steps_are_those_of_transformers_and_adamw(folder, ranks):
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder, ranks, tmp_path):
     whole = ranks.run(witness.train, 2, str(folder), {**SHORT, **TP2})
-    there = {**SHORT, **TP2, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    ranks.run(witness.train, 2, str(folder), {**there, "train__exit_interval": 2})
-    for one, other in zip(whole, ranks.run(witness.train, 2, str(folder), there), strict=True):
-        assert other.losses == one.losses[2:]
-        assert witness.differences(one.left, other.left) == []
+    settings = {**SHORT, **TP2, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    ranks.run(witness.train, 2, str(folder), {**settings, "train__exit_interval": 2})
+    for uninterrupted, resumed in zip(whole, ranks.run(witness.train, 2, str(folder), settings), strict=True):
+        assert resumed.losses == uninterrupted.losses[2:]
+        assert witness.differences(uninterrupted.left, resumed.left) == []
 
 
 def test_decay_stays_in_fp32_where_all_else_is_in_bf16(ranks, tmp_path):
     folder = models.save(small_model("mamba2", dtype="float32", eos_token_id=END), tmp_path / "hf")
-    there = {**SHORT, "mixed_precision": "bf16_mixed", "ddp__use_distributed_optimizer": True}
-    whole = ranks.run(witness.train, 2, str(folder), there)
-    there |= {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    ranks.run(witness.train, 2, str(folder), {**there, "train__exit_interval": 2})
-    for one, other in zip(whole, ranks.run(witness.train, 2, str(folder), there), strict=True):
-        assert witness.differences(one.left, other.left) == []
-        in_fp32 = {name.rpartition(".")[2] for name, weight in other.weights.items() if weight.dtype == torch.float32}
+    settings = {**SHORT, "mixed_precision": "bf16_mixed", "ddp__use_distributed_optimizer": True}
+    whole = ranks.run(witness.train, 2, str(folder), settings)
+    settings |= {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    ranks.run(witness.train, 2, str(folder), {**settings, "train__exit_interval": 2})
+    for uninterrupted, resumed in zip(whole, ranks.run(witness.train, 2, str(folder), settings), strict=True):
+        assert witness.differences(uninterrupted.left, resumed.left) == []
+        in_fp32 = {name.rpartition(".")[2] for name, weight in resumed.weights.items() if weight.dtype == torch.float32}
         assert in_fp32 == {"A_log", "D"}
 
 
 def test_generated_tokens_are_those_of_transformers(folder, ranks):
-    expected = [[token for token in one if token != END] for one in transformers_tokens(folder)]
+    expected = [[token for token in row if token != END] for row in transformers_tokens(folder)]
     for world, layout in ((1, ()), (2, ("model.tensor_model_parallel_size=2",))):
         assert tokens(ranks.run(answers, world, str(folder), layout)[-1]) == expected
 

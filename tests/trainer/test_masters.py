@@ -44,10 +44,10 @@ class _Spoil(small.History):
         from trainer import optim
 
         if run.progress.iteration == 2 and dist.get_rank() == self.rank:
-            for one in optim.distributed(run.parts.optimizer):
-                one.shard_fp32_from_float16_groups[0][0].data.add_(1)
-            for one in optim.unsharded(run.parts.optimizer):
-                one.fp32_from_float16_groups[0][0].data.add_(1)
+            for optimizer in optim.distributed(run.parts.optimizer):
+                optimizer.shard_fp32_from_float16_groups[0][0].data.add_(1)
+            for optimizer in optim.unsharded(run.parts.optimizer):
+                optimizer.fp32_from_float16_groups[0][0].data.add_(1)
 
 
 def _train_spoiled(folder, changes, rank):
@@ -66,24 +66,24 @@ def _train_as_before(folder, changes):
 def refused(ranks, model_folder, tmp_path):
     """Save with that function, and resume: the weight that is named, and how many others. `mbconvert` finds the same."""
 
-    def run(world, told, function, *args):
-        there = {**SHORT, **told, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-        ranks.run(function, world, str(model_folder("gqa")), there, *args)
+    def run(world, changes, function, *args):
+        settings = {**SHORT, **changes, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+        ranks.run(function, world, str(model_folder("gqa")), settings, *args)
         with pytest.raises(UserError) as error:
-            ranks.run(small.train, world, str(model_folder("gqa")), there)
-        found = re.fullmatch(
+            ranks.run(small.train, world, str(model_folder("gqa")), settings)
+        match = re.fullmatch(
             rf"`{tmp_path}/iter_0000002` was written wrong: the fp32 master of `(\S+)` does not round to the weight"
             r"(?:, and those of (\d+) more do not)?\n\nhint: its weights are whole, its optimizer state is not "
             r"\(megatron-core 0\.15 to 0\.19\.2 could shift it\); start from the weights: "
             rf"`checkpoint\.pretrained_checkpoint={tmp_path}/iter_0000002` with another `checkpoint\.save`",
             str(error.value),
         )
-        assert found, str(error.value)
-        if "checkpoint__optim_sharding" not in told:
+        assert match, str(error.value)
+        if "checkpoint__optim_sharding" not in changes:
             judged = check(tmp_path)
-            assert min(judged.wrong_masters) == found[1]
-            assert len(judged.wrong_masters) == 1 + int(found[2] or 0)
-        return found[1], int(found[2] or 0)
+            assert min(judged.wrong_masters) == match[1]
+            assert len(judged.wrong_masters) == 1 + int(match[2] or 0)
+        return match[1], int(match[2] or 0)
 
     return run
 
@@ -120,12 +120,12 @@ def test_adapters_are_compared_too_and_the_hint_is_theirs(ranks, model_folder, t
     from trainer.peft import LoRA
 
     folder, first = str(model_folder("gqa")), tmp_path / "first"
-    told = {**SHORT, **DISTRIBUTED, "peft": LoRA(dim=4)}
-    there = {**told, "checkpoint__save": str(first), "checkpoint__load": str(first)}
-    ranks.run(_train_spoiled, 1, folder, there, 0)
+    changes = {**SHORT, **DISTRIBUTED, "peft": LoRA(dim=4)}
+    settings = {**changes, "checkpoint__save": str(first), "checkpoint__load": str(first)}
+    ranks.run(_train_spoiled, 1, folder, settings, 0)
     with pytest.raises(UserError, match=rf"start from the weights: `checkpoint\.pretrained_adapter={first}/iter_0000002` with"):
-        ranks.run(small.train, 1, folder, there)
-    ranks.run(small.train, 1, folder, {**told, "checkpoint__pretrained_adapter": f"{first}/iter_0000002"})
+        ranks.run(small.train, 1, folder, settings)
+    ranks.run(small.train, 1, folder, {**changes, "checkpoint__pretrained_adapter": f"{first}/iter_0000002"})
 
 
 @pytest.mark.parametrize("precision", ["bf16_mixed", "fp32"])
@@ -142,15 +142,15 @@ def _notes(folder, changes, freeze):
     """What a run says."""
     from megatron.core.models.gpt import GPTModel
 
-    made, said = GPTModel.__init__, io.StringIO()
+    made, output = GPTModel.__init__, io.StringIO()
 
     def frozen(self, *args, **kwargs):
         made(self, *args, **kwargs)
         self.embedding.requires_grad_(not freeze)
 
-    with mock.patch.object(GPTModel, "__init__", frozen), contextlib.redirect_stderr(said):
+    with mock.patch.object(GPTModel, "__init__", frozen), contextlib.redirect_stderr(output):
         small.train(folder, changes)
-    return [line for line in said.getvalue().splitlines() if "masters" in line]
+    return [line for line in output.getvalue().splitlines() if "masters" in line]
 
 
 NOTES = {
@@ -166,25 +166,25 @@ NOTES = {
 
 @pytest.mark.parametrize("case", NOTES)
 def test_what_was_not_compared_is_said_once(case, ranks, model_folder, tmp_path):
-    told, freeze, reason = NOTES[case]
-    there = {**SHORT, **told, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    assert ranks.run(_notes, 1, str(model_folder("gqa")), there, freeze) == [[]]
-    (notes,) = ranks.run(_notes, 1, str(model_folder("gqa")), there, freeze)
+    changes, freeze, reason = NOTES[case]
+    settings = {**SHORT, **changes, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    assert ranks.run(_notes, 1, str(model_folder("gqa")), settings, freeze) == [[]]
+    (notes,) = ranks.run(_notes, 1, str(model_folder("gqa")), settings, freeze)
     named = f"`{tmp_path}/iter_0000002`"
     assert notes == ([f"note: weights of {named} that were not held against fp32 masters: {reason}"] if reason else [])
 
 
 @pytest.mark.parametrize(("first", "then", "noted"), [("bf16_mixed", "fp32", True), ("fp32", "bf16_mixed", False)])
 def test_weights_that_were_saved_in_another_dtype_are_no_reason_to_refuse(first, then, noted, ranks, model_folder, tmp_path):  # noqa: PLR0917
-    there = {**SHORT, **DISTRIBUTED, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    ranks.run(small.train, 1, str(model_folder("gqa")), {**there, "mixed_precision": first})
-    (notes,) = ranks.run(_notes, 1, str(model_folder("gqa")), {**there, "mixed_precision": then}, False)
+    settings = {**SHORT, **DISTRIBUTED, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    ranks.run(small.train, 1, str(model_folder("gqa")), {**settings, "mixed_precision": first})
+    (notes,) = ranks.run(_notes, 1, str(model_folder("gqa")), {**settings, "mixed_precision": then}, False)
     assert [note.partition("masters: ")[2] for note in notes] == (["weights that are in another dtype there"] if noted else [])
 
 
 def test_rows_that_only_pad_the_vocabulary_are_no_reason_to_refuse(ranks, model_folder, tmp_path):
     """384 rows are 384 on one tensor-parallel rank, and 512 on two."""
-    there = {**SHORT, **DISTRIBUTED, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    ranks.run(small.train, 1, str(model_folder("gqa")), there)
-    told = {**there, "model__tensor_model_parallel_size": 2}
-    assert ranks.run(_notes, 2, str(model_folder("gqa")), told, False) == [[], []]
+    settings = {**SHORT, **DISTRIBUTED, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    ranks.run(small.train, 1, str(model_folder("gqa")), settings)
+    sharded = {**settings, "model__tensor_model_parallel_size": 2}
+    assert ranks.run(_notes, 2, str(model_folder("gqa")), sharded, False) == [[], []]

@@ -112,17 +112,17 @@ def test_what_layers_report_is_the_mean_over_the_intervals_steps_and_survives_a_
 
 def test_the_line_says_the_epoch_the_share_of_the_card_and_the_wait_for_data():
     measure = replace(MEASURE, samples_per_epoch=81_920, memory_of_gpu=80 * 2**30)
-    told = {"lr": 3e-4, "consumed_samples": 122_880, "consumed_tokens": 503_316_480, "memory_gib": 60.0}
-    record = measure.step(summed([2.0]), iteration=120, seconds=8.0, timed_steps=1, waited=2.0, **told)
+    values = {"lr": 3e-4, "consumed_samples": 122_880, "consumed_tokens": 503_316_480, "memory_gib": 60.0}
+    record = measure.step(summed([2.0]), iteration=120, seconds=8.0, timed_steps=1, waited=2.0, **values)
     assert (record.epoch, record.memory_share, record.data_wait) == (1.5, 0.75, 0.25)
     assert " 60.0 GiB (75 %)  data wait 25 %  epoch 1.50  left " in console_line(record, 1000)
 
 
 def test_the_columns_of_two_lines_stand_below_each_other():
-    one = console_line(step(), 1000)
-    other = console_line(step(iteration=7, loss=10.25, grad_norm=123.4, memory_gib=101.0, mfu=0.05), 1000)
-    assert [one.index(word) for word in ("lr", "tok/s", "GiB", "left")] == [
-        other.index(word) for word in ("lr", "tok/s", "GiB", "left")
+    first = console_line(step(), 1000)
+    second = console_line(step(iteration=7, loss=10.25, grad_norm=123.4, memory_gib=101.0, mfu=0.05), 1000)
+    assert [first.index(word) for word in ("lr", "tok/s", "GiB", "left")] == [
+        second.index(word) for word in ("lr", "tok/s", "GiB", "left")
     ]
 
 

@@ -58,7 +58,7 @@ OBSERVED: dict[str, Trial] = {
     "model.qk_l2_norm": Trial(True),
     "model.attention_output_gate": Trial(True),
     "model.experimental_attention_variant": Trial(
-        "gated_delta_net", {name: one for name, one in NET.items() if "variant" not in name}
+        "gated_delta_net", {name: value for name, value in NET.items() if "variant" not in name}
     ),
     "model.linear_attention_freq": Trial(1, NET),
     "model.linear_conv_kernel_dim": Trial(2, NET),

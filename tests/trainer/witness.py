@@ -40,13 +40,16 @@ class Witness(small.History):
 
 def _optimizer(run: Any) -> Iterator[tuple[str, Any]]:
     outer = run.parts.optimizer
-    for number, one in enumerate(getattr(outer, "chained_optimizers", [outer])):
-        inner = one.optimizer
-        for group, told in enumerate(inner.param_groups):
-            yield f"optimizer {number}.{group}", {name: told.get(name) for name in ("lr", "weight_decay", "betas", "momentum")}
-            for place, parameter in enumerate(told["params"]):
+    for number, optimizer in enumerate(getattr(outer, "chained_optimizers", [outer])):
+        inner = optimizer.optimizer
+        for group, param_group in enumerate(inner.param_groups):
+            yield (
+                f"optimizer {number}.{group}",
+                {name: param_group.get(name) for name in ("lr", "weight_decay", "betas", "momentum")},
+            )
+            for position, parameter in enumerate(param_group["params"]):
                 for name, value in inner.state[parameter].items():
-                    yield f"optimizer {number}.{group}.{place}.{name}", value
+                    yield f"optimizer {number}.{group}.{position}.{name}", value
 
 
 def _random() -> dict[str, Any]:
@@ -72,15 +75,15 @@ def train(folder: str, changes: dict[str, Any]) -> Witness:
     return witness
 
 
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """Names under which two states are not the same bits."""
     import torch
 
     def same(left: Any, right: Any) -> bool:
         return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
-    assert one.keys() == other.keys()
-    return [name for name in one if not same(one[name], other[name])]
+    assert first.keys() == second.keys()
+    return [name for name in first if not same(first[name], second[name])]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
