@@ -41,7 +41,7 @@ def test_every_family_was_asked_for_or_there_is_a_reason():
     assert {*families.names()} - built - {*NOT_BUILT} == set(), "run tests/golden/make_te_keys.py"
 
 
-@pytest.mark.parametrize("name", [name for name, one in ASKED.items() if one["config"]["model_type"] in families.names()])
+@pytest.mark.parametrize("name", [name for name, asked in ASKED.items() if asked["config"]["model_type"] in families.names()])
 def test_keys_shapes_dtypes_and_objects_are_those_that_transformer_engine_s_layers_ask_for(name, tmp_path):
     check_keys(ASKED[name], tmp_path)
 
