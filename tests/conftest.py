@@ -29,9 +29,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Ranks]:
     """Processes that stand for GPUs."""
-    found = Ranks()
-    yield found
-    found.write_results.close()
+    ranks = Ranks()
+    yield ranks
+    ranks.write_results.close()
 
 
 @pytest.fixture(scope="session")

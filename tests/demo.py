@@ -49,17 +49,17 @@ def run(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "converter", *words], check=True)
 
 
-def compare(one: Path, other: Path) -> int:
+def compare(first: Path, second: Path) -> int:
     """Print every file's sha256 on both sides; stop with an error where any differs. Answers how many files there are.
 
     The record of the conversion is the one file that an export adds.
     """
-    names = {p.relative_to(folder) for folder in (one, other) for p in folder.rglob("*") if p.is_file()}
+    names = {p.relative_to(folder) for folder in (first, second) for p in folder.rglob("*") if p.is_file()}
     names = sorted(names - {Path("conversion.json")})
     print()
     for name in names:
         sums = [hashlib.sha256((folder / name).read_bytes()).hexdigest() if (folder / name).exists() else "missing"
-                for folder in (one, other)]  # fmt: skip
+                for folder in (first, second)]  # fmt: skip
         print(f"{sums[0][:16]}  {sums[1][:16]}  {name}")
         if sums[0] != sums[1]:
             sys.exit(f"error: {name} differs")

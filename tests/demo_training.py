@@ -68,8 +68,8 @@ def run(program: str, *arguments: object) -> None:
 
 def _compare() -> None:
     """The same held-out samples through transformers; stop with an error where the losses differ."""
-    told = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
-    trained = [record["loss"] for record in told if record.get("split") == "validation"][-1]
+    records = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    trained = [record["loss"] for record in records if record.get("split") == "validation"][-1]
     before, after = _loss_of_transformers(SOURCE), _loss_of_transformers(BACK)
     print(f"\nvalidation loss in transformers: {before:.6f} before, {after:.6f} after; the trainer's last one: {trained:.6f}")
     if abs(after - trained) > NEAR or after >= before:
@@ -89,9 +89,9 @@ def _loss_of_transformers(folder: Path) -> float:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     length = llama_tiny.pretrain_config().dataset.sequence_length
-    told = DatasetConfig(sequence_length=length, blend=[str(TEXT)], split="90,10,0")
+    dataset = DatasetConfig(sequence_length=length, blend=[str(TEXT)], split="90,10,0")
     samples = (STEPS * BATCH, CHECKS * BATCH, 0)
-    _, held_out, _ = data.build(told, tokenizer=load(str(SOURCE)), vocab_size=model.config.vocab_size, samples=samples)
+    _, held_out, _ = data.build(dataset, tokenizer=load(str(SOURCE)), vocab_size=model.config.vocab_size, samples=samples)
     total = 0.0
     with torch.no_grad():
         for number in range(CHECKS * BATCH):

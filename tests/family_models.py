@@ -85,7 +85,7 @@ def _differences(config: dict, iteration: str, tokens: list[list[int]], changes:
 
     chunks = build(config)
     load_strictly(chunks, iteration)
-    found, weights = {"": forward(chunks, tokens, runtime_gather_output=True)}, weights_of(chunks[0])
+    outputs, weights = {"": forward(chunks, tokens, runtime_gather_output=True)}, weights_of(chunks[0])
     for name, settings in changes.items():
         parallel_state.destroy_model_parallel()
         changed = build(config, **settings)
@@ -94,6 +94,6 @@ def _differences(config: dict, iteration: str, tokens: list[list[int]], changes:
                 if key in weights and weights[key].ndim == parameter.ndim:
                     both = tuple(map(slice, map(min, weights[key].shape, parameter.shape)))
                     parameter[both] = weights[key][both]
-        found[name] = forward(changed, tokens, runtime_gather_output=True)
-    plain = found.pop("")
-    return {name: float(np.abs(logits - plain).max() / np.abs(plain).max()) for name, logits in found.items()}
+        outputs[name] = forward(changed, tokens, runtime_gather_output=True)
+    plain = outputs.pop("")
+    return {name: float(np.abs(logits - plain).max() / np.abs(plain).max()) for name, logits in outputs.items()}

@@ -65,8 +65,8 @@ class Shell:
             assert process.poll() is None, "it ended before its first piece was written down"
             time.sleep(0.01)
         process.send_signal(number)
-        _, said = process.communicate()
-        return f"{plain(said)}<br>exit {process.returncode}"
+        _, output = process.communicate()
+        return f"{plain(output)}<br>exit {process.returncode}"
 
 
 def plain(text: str) -> str:
@@ -120,7 +120,7 @@ def _damaged(shell: Shell, folder: Path) -> Iterator[tuple[str, str]]:
 def table(rows: Iterator[tuple[str, str]]) -> str:
     """The README's table."""
     lines = ["| what happens | what you see |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {what} | {said.replace('|', '&#124;')} |" for what, said in rows)])
+    return "\n".join([*lines, *(f"| {what} | {message.replace('|', '&#124;')} |" for what, message in rows)])
 
 
 if __name__ == "__main__":

@@ -160,13 +160,13 @@ def _lines(log: Path) -> list[str]:
 def journaled(target: Path) -> Counter[int]:
     """How often each piece stands in the journals of what was left at a target."""
     journals = target.parent.glob(f"{target.name}.partial-*.state/journal-*")
-    return Counter(int(found) for path in journals for found in re.findall(r"^\[(\d+)\]$", path.read_text(), re.MULTILINE))
+    return Counter(int(number) for path in journals for number in re.findall(r"^\[(\d+)\]$", path.read_text(), re.MULTILINE))
 
 
 def partial(target: Path) -> Path:
     """The one directory that a run has left."""
-    (found,) = [path for path in target.parent.glob(f"{target.name}.partial-*") if path.suffix.startswith(".partial")]
-    return found
+    (folder,) = [path for path in target.parent.glob(f"{target.name}.partial-*") if path.suffix.startswith(".partial")]
+    return folder
 
 
 def make_source(folder: Path, **changes: object) -> Path:

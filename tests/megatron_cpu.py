@@ -122,14 +122,14 @@ def build(shape: Shape) -> list[Any]:
     multiple = shape.vocab_multiple * shape.tp
     chunks = []
     for stage in range(shape.vpp or 1):
-        place = {"ignore_virtual": False, "vp_stage": stage if shape.vpp else None}
+        keywords = {"ignore_virtual": False, "vp_stage": stage if shape.vpp else None}
         model = GPTModel(
             config,
             _layer_spec(fields),
             vocab_size=-(-fields["vocab_size"] // multiple) * multiple,
             max_sequence_length=128,
-            pre_process=parallel_state.is_pipeline_first_stage(**place),
-            post_process=parallel_state.is_pipeline_last_stage(**place),
+            pre_process=parallel_state.is_pipeline_first_stage(**keywords),
+            post_process=parallel_state.is_pipeline_last_stage(**keywords),
             parallel_output=False,
             position_embedding_type="rope",
             share_embeddings_and_output_weights=fields["share_embeddings_and_output_weights"],

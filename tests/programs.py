@@ -26,8 +26,8 @@ def run_module(
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name) / stream for stream in ("stdin", "stdout", "stderr")]
         files[0].write_text(said)
-        place = (str(cwd) if cwd else None, {**os.environ, **(env or {})}, [str(file) for file in files])
-        process = warm().Process(target=_run, args=(module, words, *place))
+        context = (str(cwd) if cwd else None, {**os.environ, **(env or {})}, [str(file) for file in files])
+        process = warm().Process(target=_run, args=(module, words, *context))
         process.start()
         process.join(LONGEST)
         code = process.exitcode

@@ -29,11 +29,11 @@ def fp8_blocks(values, block):
     numbers = values.astype(np.float32)
     grid = -(-numbers.shape[0] // block), -(-numbers.shape[1] // block)
     scales, codes = np.empty(grid, np.float32), np.empty(numbers.shape, ml_dtypes.float8_e4m3fn)
-    for place, part in blocks_of(numbers, block):
-        scales[place] = np.abs(part).max() / 448
-    for place, part in blocks_of(codes, block):
-        row, column = (index * block for index in place)
-        part[...] = (numbers[row : row + block, column : column + block] / scales[place]).astype(codes.dtype)
+    for cell, part in blocks_of(numbers, block):
+        scales[cell] = np.abs(part).max() / 448
+    for cell, part in blocks_of(codes, block):
+        row, column = (index * block for index in cell)
+        part[...] = (numbers[row : row + block, column : column + block] / scales[cell]).astype(codes.dtype)
     return codes, scales
 
 

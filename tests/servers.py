@@ -81,10 +81,10 @@ class Handler(BaseHTTPRequestHandler):
         etag, wanted = headers.get("ETag", ""), self.headers.get("If-Match", "")
         if wanted and wanted != etag:
             return self.answer(412, headers=headers)
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not found:
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not match:
             return self.answer(200, data, headers)
-        start, end = int(found[1]), min(int(found[2]) + 1, len(data))
+        start, end = int(match[1]), min(int(match[2]) + 1, len(data))
         if start >= len(data):
             return self.answer(416, headers={**headers, "Content-Range": f"bytes */{len(data)}"})
         return self.answer(206, data[start:end], {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"})

@@ -24,26 +24,26 @@ def _measured(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str
     """Exit status, the table's last line, and what was told meanwhile."""
     with pytest.raises(SystemExit) as end:
         finetune.main([*WORDS, *words])
-    told = capsys.readouterr()
-    return int(end.value.code or 0), told.out.splitlines()[-1], told.err
+    captured = capsys.readouterr()
+    return int(end.value.code or 0), captured.out.splitlines()[-1], captured.err
 
 
 @pytest.mark.slow
 def test_fine_tuning_is_measured_beside_peft(capsys):
-    status, row, said = _measured(capsys)
-    assert status == 0, said
-    told = {name: json.loads(figures) for name, figures in re.findall(r": (\w+) bf16 (\{.*\})", said)}
-    assert set(told) == {"ours", "peft"}
-    assert told["ours"]["trained"] == 32 * (256 + 512 + 256 + 256 + 256 + 1536 + 768 + 256)
-    ratio = told["ours"]["tokens_per_second"] / told["peft"]["tokens_per_second"]
+    status, row, output = _measured(capsys)
+    assert status == 0, output
+    measured = {name: json.loads(figures) for name, figures in re.findall(r": (\w+) bf16 (\{.*\})", output)}
+    assert set(measured) == {"ours", "peft"}
+    assert measured["ours"]["trained"] == 32 * (256 + 512 + 256 + 256 + 256 + 1536 + 768 + 256)
+    ratio = measured["ours"]["tokens_per_second"] / measured["peft"]["tokens_per_second"]
     assert f"{ratio:.3f}" in row.split()
 
 
 def test_a_program_that_fails_is_told(capsys):
-    status, row, said = _measured(capsys, "--only", "ours", "--setting", "peft.dim=0")
+    status, row, output = _measured(capsys, "--only", "ours", "--setting", "peft.dim=0")
     assert status == 1
-    assert "ours bf16 failed" in said
-    assert "`peft.dim` is `0`" in said
+    assert "ours bf16 failed" in output
+    assert "`peft.dim` is `0`" in output
     assert set(row.split()) == {"bf16", "-"}
 
 
@@ -54,9 +54,9 @@ def test_transformers_learn_the_same_tokens():
     batch["loss_mask"][:, -1] = 0  # a row's last token has no label
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
     model = LlamaForCausalLM(LlamaConfig(**sizes))
-    found = model(**as_transformers(batch, torch.device("cpu")))
-    each = cross_entropy(found.logits.transpose(1, 2), batch["labels"], reduction="none")
-    torch.testing.assert_close(found.loss, (each * batch["loss_mask"]).sum() / batch["loss_mask"].sum())
+    output = model(**as_transformers(batch, torch.device("cpu")))
+    each = cross_entropy(output.logits.transpose(1, 2), batch["labels"], reduction="none")
+    torch.testing.assert_close(output.loss, (each * batch["loss_mask"]).sum() / batch["loss_mask"].sum())
 
 
 @pytest.mark.filterwarnings("ignore:Using a large number of experts:UserWarning")
@@ -66,7 +66,7 @@ def test_the_bare_loop_of_experts_has_the_settings_of_mbtrain(shape, precision):
     run = bare_experts.resolved(config_of(SHAPES[shape], 1), settings(SHAPES[shape], precision), HOPPER)
     for ours, theirs in zip((run.ddp, run.optimizer), bare_experts.sections(), strict=True):
         values = {field.name: (getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(theirs)}
-        differ = {name for name, (one, other) in values.items() if one != other}
+        differ = {name for name, (first, second) in values.items() if first != second}
         assert differ <= {"min_lr", "fp8_recipe"}  # `None` and 0.0; which only weights in FP8 are read with
 
 
@@ -105,7 +105,7 @@ def test_starting_up_counts_the_quickest_round_and_show_beyond_its_import():
     asked = startup.commands("llama_tiny")
     taken = startup.measure(asked, 3, run)
     assert order == [*seconds] * 3
-    assert [startup.row(one, run, taken[0]) for one, run in zip(asked, taken, strict=True)] == [
+    assert [startup.row(entry, run, taken[0]) for entry, run in zip(asked, taken, strict=True)] == [
         "| `import torch, megatron.core` | 5.00 | 20.00 | – | – |",
         "| `mbtrain --help` | 0.10 | 20.00 | 0.10 | 0.3 kept |",
         "| `mbtrain recipes` | 0.60 | 20.00 | 0.60 | 0.5 exceeded |",

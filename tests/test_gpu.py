@@ -86,10 +86,10 @@ def test_transformer_engine_loads_strictly_and_computes_transformers_logits(tmp_
     positions = torch.arange(128, device="cuda")[None].expand_as(tokens)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).cuda().eval()
     with torch.no_grad():
-        found = model(tokens, positions, None)[..., : config["vocab_size"]].float()
+        actual = model(tokens, positions, None)[..., : config["vocab_size"]].float()
         expected = reference(tokens).logits.float()
     spread = (expected.max() - expected.min()).item()
-    worst = (found - expected).abs().max().item()
+    worst = (actual - expected).abs().max().item()
     print(f"{variant} {dtype}: logits span {spread:.2f}, largest difference {worst:.2e}")
     assert spread > 4
     # fp32 sums in another order; bf16 rounds activations to 8 bits at every layer.
@@ -98,11 +98,11 @@ def test_transformer_engine_loads_strictly_and_computes_transformers_logits(tmp_
 
 def weights_of(root):
     """The weights of a checkpoint, by name."""
-    reader, found = open_megatron(LocalFolder(root)), {}
+    reader, weights = open_megatron(LocalFolder(root)), {}
     for name, spec in reader.specs.items():
-        found[name] = np.empty(spec.shape, spec.dtype)
-        reader.read(name, spec.full_region, found[name])
-    return found
+        weights[name] = np.empty(spec.shape, spec.dtype)
+        reader.read(name, spec.full_region, weights[name])
+    return weights
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "attention_bias"])

@@ -71,10 +71,10 @@ def test_every_path_of_a_run_is_there_by_its_type(home):
             setattr(getattr(config, section), name, f"~/{name}")
     config.logger.wandb_exp_name = "~/no path"
     config.mixed_precision = "fp32"
-    found = resolve(config, world_size=1, device="cpu").config
+    resolved = resolve(config, world_size=1, device="cpu").config
     for section, names in paths.items():
-        assert {name: getattr(getattr(found, section), name) for name in names} == {name: f"{home}/{name}" for name in names}
-    assert found.logger.wandb_exp_name == "~/no path"
+        assert {name: getattr(getattr(resolved, section), name) for name in names} == {name: f"{home}/{name}" for name in names}
+    assert resolved.logger.wandb_exp_name == "~/no path"
     assert config.checkpoint.save == "~/save"  # what was given stays
 
 
@@ -91,7 +91,7 @@ def test_settings_that_are_paths_say_so():
     looks = re.compile(r"(path|_dir|_file|_folder|_template|path_to_cache|tokenizer_model|hf_source|pretrained_from)$")
     for dataset in (DatasetConfig(), FinetuningDatasetConfig()):
         config = settings(dataset=dataset)
-        for name in (one for one in every_name(config) if looks.search(one) or one in known):
+        for name in (setting for setting in every_name(config) if looks.search(setting) or setting in known):
             section, _, key = name.partition(".")
             kind = str(type(getattr(config, section)).__dataclass_fields__[key].type)
             assert "FilePath" in kind or key in not_paths, name
@@ -136,7 +136,7 @@ def as_the_hub_keeps_it(model: Path, cache: Path) -> Path:
     blobs = snapshot.parents[1] / "blobs"
     for folder in (snapshot, blobs):
         folder.mkdir(parents=True)
-    for path in (one for one in model.rglob("*") if one.is_file()):
+    for path in (file for file in model.rglob("*") if file.is_file()):
         blob = blobs / hashlib.sha256(str(path).encode()).hexdigest()
         blob.write_bytes(path.read_bytes())
         link = snapshot / path.relative_to(model)

@@ -24,7 +24,7 @@ def descendants(pid: int) -> list[int]:
     """Process ids of children and their children."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    return [*children, *(one for child in children for one in descendants(child))]
+    return [*children, *(descendant for child in children for descendant in descendants(child))]
 
 
 def _form_groups(_rank: int) -> int:

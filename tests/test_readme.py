@@ -32,8 +32,8 @@ def test_the_commands_run_in_order(folder):
         words = command.split()[1:]
         done = run_module("converter", *words, cwd=folder)
         assert done.returncode == 0, (command, done.stderr)
-    one, other = ((folder / name / "model.safetensors").read_bytes() for name in ("Llama-3.2-1B", "Llama-back"))
-    assert one == other
+    original, exported = ((folder / name / "model.safetensors").read_bytes() for name in ("Llama-3.2-1B", "Llama-back"))
+    assert original == exported
 
 
 def test_the_training_commands_run_in_order(tmp_path):

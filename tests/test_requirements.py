@@ -61,14 +61,17 @@ def name_of(requirement: str) -> str:
 def installed(extras: tuple[str, ...]) -> set[str]:
     """The packages of the base and of some extras."""
     optional = PROJECT["optional-dependencies"]
-    return {name_of(one) for one in (*PROJECT["dependencies"], *(one for extra in extras for one in optional[extra]))}
+    return {
+        name_of(requirement)
+        for requirement in (*PROJECT["dependencies"], *(requirement for extra in extras for requirement in optional[extra]))
+    }
 
 
 def imported(path: Path) -> Iterator[str]:
     """The top-level modules that a file imports or looks for, wherever in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (one.name for one in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
@@ -79,7 +82,7 @@ def imported(path: Path) -> Iterator[str]:
 
 def extras_of(path: Path) -> tuple[str, ...]:
     file = str(path.relative_to(ROOT))
-    return FEATURES[max((one for one in FEATURES if file == one or file.startswith(f"{one}/")), key=len)]
+    return FEATURES[max((feature for feature in FEATURES if file == feature or file.startswith(f"{feature}/")), key=len)]
 
 
 @pytest.mark.parametrize("room", sorted(OURS))
@@ -99,6 +102,6 @@ def test_what_others_ask_for_later_is_installed() -> None:
 
 def test_what_the_tests_install_is_no_more_than_they_say() -> None:
     """A package that a feature needs and the tests alone install hides that the feature lacks it."""
-    own = {name_of(one) for one in PROJECT["optional-dependencies"]["test"]}
+    own = {name_of(requirement) for requirement in PROJECT["optional-dependencies"]["test"]}
     needed = {name for path in (ROOT / room for room in OURS) for file in path.rglob("*.py") for name in imported(file)}
     assert own.isdisjoint(PACKAGES.get(name.partition(".")[0], name.partition(".")[0]).lower() for name in needed)

@@ -50,7 +50,9 @@ MEANT = {
 def ours() -> set[str]:
     """The names of our exception classes, whose texts are our words."""
     trees = (ast.parse(path.read_text()) for path in SOURCES)
-    return {one.name for tree in trees for one in ast.walk(tree) if isinstance(one, ast.ClassDef) and one.name.endswith("Error")}
+    return {
+        node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
+    }
 
 
 OURS = ours()
@@ -62,7 +64,7 @@ def names_in(node: ast.AST | None) -> set[str]:
         return {node.attr}
     if isinstance(node, ast.Name):
         return {node.id}
-    return set().union(*(names_in(one) for one in ast.iter_child_nodes(node))) if node is not None else set()
+    return set().union(*(names_in(child) for child in ast.iter_child_nodes(node))) if node is not None else set()
 
 
 def caught(function: ast.AST) -> Iterator[tuple[str, ast.AST]]:
@@ -72,17 +74,17 @@ def caught(function: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             for line in node.body:
                 yield node.name, line
         if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            for one in (*node.args.args, *node.args.kwonlyargs):
-                kinds = set() if isinstance(one.annotation, ast.Subscript) else names_in(one.annotation)  # of many, or of classes
+            for arg in (*node.args.args, *node.args.kwonlyargs):
+                kinds = set() if isinstance(arg.annotation, ast.Subscript) else names_in(arg.annotation)  # of many, or of classes
                 if any(kind.endswith(("Error", "Exception", "Exceptions")) for kind in kinds - OURS):
                     for line in node.body if isinstance(node.body, list) else [node.body]:
-                        yield one.arg, line
+                        yield arg.arg, line
 
 
-def told(variable: str, place: ast.AST) -> Iterator[ast.AST]:
+def uses(variable: str, scope: ast.AST) -> Iterator[ast.AST]:
     """Where the exception goes that is neither chained nor asked for a fact."""
-    parents = {child: parent for parent in ast.walk(place) for child in ast.iter_child_nodes(parent)}
-    for node in ast.walk(place):
+    parents = {child: parent for parent in ast.walk(scope) for child in ast.iter_child_nodes(parent)}
+    for node in ast.walk(scope):
         if not isinstance(node, ast.Name) or node.id != variable or isinstance(node.ctx, ast.Store):
             continue
         parent = parents.get(node)
@@ -111,21 +113,21 @@ def is_known_to_be_ours(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool
 
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    return (one for one in ast.walk(tree) if isinstance(one, ast.FunctionDef))
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
 def passed_on(path: Path) -> set[tuple[str, str, int]]:
     file = str(path.relative_to(ROOT))
-    found: set[tuple[str, str, int]] = set()
+    passed: set[tuple[str, str, int]] = set()
     for function in functions(ast.parse(path.read_text())):
-        for variable, place in caught(function):
-            found |= {(file, function.name, node.lineno) for node in told(variable, place)}
-    return found
+        for variable, scope in caught(function):
+            passed |= {(file, function.name, node.lineno) for node in uses(variable, scope)}
+    return passed
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_text_of_an_exception_of_a_library_goes_nowhere(path: Path) -> None:
-    assert not {one for one in passed_on(path) if (one[0], one[1]) not in MEANT}
+    assert not {use for use in passed_on(path) if (use[0], use[1]) not in MEANT}
 
 
 def test_every_exception_to_that_is_needed() -> None:
@@ -139,16 +141,16 @@ def test_every_exception_to_that_is_needed() -> None:
 )
 def test_what_passes_a_text_on_is_found(line: str) -> None:
     tree = ast.parse(f"def f():\n    try:\n        pass\n    except ValueError as error:\n        {line}\n")
-    ((variable, place),) = caught(tree)
-    assert list(told(variable, place))
+    ((variable, scope),) = caught(tree)
+    assert list(uses(variable, scope))
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
     """What errors say, their hints included; a value in the text is `…`."""
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         if names_in(call.func) & {*OURS, "UsageError"}:
-            for node in (*call.args, *(one.value for one in call.keywords)):
-                yield "".join(_plain(one) for one in ast.walk(node) if isinstance(one, (ast.Constant, ast.FormattedValue)))
+            for node in (*call.args, *(part.value for part in call.keywords)):
+                yield "".join(_plain(part) for part in ast.walk(node) if isinstance(part, (ast.Constant, ast.FormattedValue)))
 
 
 def _plain(node: ast.Constant | ast.FormattedValue) -> str:
@@ -158,8 +160,8 @@ def _plain(node: ast.Constant | ast.FormattedValue) -> str:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_errors_say_it_as_strangers_do(path: Path) -> None:
     """Not "8, which is no multiple of 3", but "8, which is not divisible by 3"."""
-    found = [text for text in texts(ast.parse(path.read_text())) if ODD.search(text)]
-    assert not found
+    odd = [text for text in texts(ast.parse(path.read_text())) if ODD.search(text)]
+    assert not odd
 
 
 ODD = re.compile(
@@ -178,4 +180,4 @@ ODD = re.compile(
     ],
 )
 def test_odd_words_are_found(text: str, odd: bool) -> None:
-    assert any(ODD.search(one) for one in texts(ast.parse(text))) is odd
+    assert any(ODD.search(message) for message in texts(ast.parse(text))) is odd

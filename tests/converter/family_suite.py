@@ -89,30 +89,30 @@ def check_names(family, folder):
     config = json.loads((folder / "config.json").read_text())
     with safe_open(folder / "model.safetensors", "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    one = families.find(family).rooted(saved)
-    model = make_model(one.CONFIG, config)
-    saved = {name: shape for name, shape in saved.items() if not name.startswith(one.PASSTHROUGH_PREFIXES or "nothing")}
+    definition = families.find(family).rooted(saved)
+    model = make_model(definition.CONFIG, config)
+    saved = {name: shape for name, shape in saved.items() if not name.startswith(definition.PASSTHROUGH_PREFIXES or "nothing")}
     source = {name: TensorSpec(name, shape, DTYPES["fp32"]) for name, shape in saved.items()}
-    extras, passing = extra_names(one.EXTRAS, model), one.PASSTHROUGH_PREFIXES or ("no such",)
+    extras, passing = extra_names(definition.EXTRAS, model), definition.PASSTHROUGH_PREFIXES or ("no such",)
     weights = {name: shape for name, shape in saved.items() if name not in extras and not name.startswith(passing)}
-    assert dict(huggingface_tensors(one.RULES, model, source)) == weights
+    assert dict(huggingface_tensors(definition.RULES, model, source)) == weights
 
 
 def check_config(family):
     """A configuration survives the way to Megatron and back: what comes back means the same to transformers."""
-    one = families.find(family)
+    definition = families.find(family)
     config = small_config(family).to_dict()
-    back = to_huggingface(one.CONFIG, to_megatron(one.CONFIG, config))
-    assert to_megatron(one.CONFIG, back) == to_megatron(one.CONFIG, config)
+    back = to_huggingface(definition.CONFIG, to_megatron(definition.CONFIG, config))
+    assert to_megatron(definition.CONFIG, back) == to_megatron(definition.CONFIG, config)
     config, back = language_model(config), language_model(back)
     rope = ("rope_theta", "rope_scaling", "rope_parameters")  # the same in Megatron; some numbers have no field there
     same = [name for name in back if config.get(name) is not None and name not in rope]
     assert {name: back[name] for name in same} == {name: _part(config[name], back[name]) for name in same}
 
 
-def _part(said, written):
+def _part(value, written):
     """What a configuration says, of an object the fields that a family writes."""
-    return {name: said.get(name) for name in written} if isinstance(written, dict) and isinstance(said, dict) else said
+    return {name: value.get(name) for name in written} if isinstance(written, dict) and isinstance(value, dict) else value
 
 
 def check_round_trip(folder, work, *, slow=False):
@@ -184,7 +184,7 @@ def check_logits(ranks, folder, work, *, runs=None, more="", attention="eager", 
     for name, settings in _cut_by_sequence(config, runs or (EXPERT_RUNS if experts else RUNS)).items():
         answers = ranks.run(logits_of, ranks_of(settings), (config, settings, str(more)), iteration, TOKENS, load)
         assert all("_extra_state" in key for left, _ in answers for key in left), name
-        for logits in (found for _, found in answers if found is not None):
+        for logits in (output for _, output in answers if output is not None):
             np.testing.assert_allclose(logits[..., : expected.shape[-1]], expected, atol=1e-4 * largest, rtol=0, err_msg=name)
 
 

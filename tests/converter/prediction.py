@@ -26,9 +26,9 @@ def made(family: str, layers: int = 1, **changes: Any) -> tuple[Any, MtpModel]:
     further = MtpModel(main, layers).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, one in further.layers.state_dict().items():
-            center, spread = (1.0, 0.3) if "norm" in name else (0.0, 0.3 if one.ndim == 1 else 0.08)
-            one.copy_(center + spread * torch.randn(one.shape, generator=generator))
+        for name, tensor in further.layers.state_dict().items():
+            center, spread = (1.0, 0.3) if "norm" in name else (0.0, 0.3 if tensor.ndim == 1 else 0.08)
+            tensor.copy_(center + spread * torch.randn(tensor.shape, generator=generator))
     return main, further
 
 
@@ -56,17 +56,17 @@ def save(folder: Path, main: Any, further: MtpModel, *, copies: bool = True, con
 
 def published(main: Any, further: MtpModel, *, copies: bool) -> dict[str, torch.Tensor]:
     """The tensors of layers of multi-token prediction under their published names."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for number, layer in enumerate(further.layers):
         start = f"model.layers.{main.config.num_hidden_layers + number}."
         for name, tensor in layer.state_dict().items():
-            found |= _separate(start + name.replace("mtp_block.", "").replace("post_norm", "shared_head.norm"), tensor)
+            tensors |= _separate(start + name.replace("mtp_block.", "").replace("post_norm", "shared_head.norm"), tensor)
         if copies:
-            found |= {
+            tensors |= {
                 f"{start}embed_tokens.weight": main.get_input_embeddings().weight,
                 f"{start}shared_head.head.weight": main.lm_head.weight,
             }
-    return {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def _separate(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -76,9 +76,9 @@ def _separate(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: tensor}
     kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
     return {
-        f"{start}{is_fused}{expert}.{one}.weight": part
+        f"{start}{is_fused}{expert}.{projection}.weight": part
         for expert, both in enumerate(tensor)
-        for one, part in zip(kinds, both.chunk(len(kinds)), strict=True)
+        for projection, part in zip(kinds, both.chunk(len(kinds)), strict=True)
     }
 
 
@@ -87,9 +87,9 @@ def logits(main: Any, further: MtpModel, tokens: torch.Tensor) -> list[torch.Ten
     ahead of the one before; token 0 follows the last."""
     positions = torch.arange(tokens.shape[1])[None].expand_as(tokens)
     hidden = main.model(tokens, use_cache=False).last_hidden_state
-    found = [main.lm_head(hidden)]
+    outputs = [main.lm_head(hidden)]
     for layer in range(len(further.layers)):
         tokens = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
         hidden = further.forward_layer(layer, hidden, positions, None, input_ids=tokens)
-        found.append(main.lm_head(hidden))
-    return found
+        outputs.append(main.lm_head(hidden))
+    return outputs

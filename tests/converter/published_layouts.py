@@ -223,4 +223,4 @@ def qwen3_next(t):
     return out
 
 
-ORACLES = {one.__name__: one for one in (qwen2, phi3, olmo, mixtral, gpt_oss, dbrx, mamba2, qwen3_next)}
+ORACLES = {oracle.__name__: oracle for oracle in (qwen2, phi3, olmo, mixtral, gpt_oss, dbrx, mamba2, qwen3_next)}

@@ -27,12 +27,12 @@ class Twin(NamedTuple):
 
 
 def _renamed(tensors: Tensors, words: dict[str, str]) -> Tensors:
-    found = {}
+    renamed = {}
     for name, tensor in tensors.items():
         for old, new in words.items():
             name = name.replace(old, new)  # noqa: PLW2901
-        found[name] = tensor
-    return found
+        renamed[name] = tensor
+    return renamed
 
 
 def _layers(tensors: Tensors) -> int:
@@ -41,12 +41,12 @@ def _layers(tensors: Tensors) -> int:
 
 def _fused(tensors: Tensors, new: str, join: Callable[..., torch.Tensor], *kinds: str) -> Tensors:
     """The same tensors with query, key and value of each layer joined under a new name."""
-    found = dict(tensors)
+    fused = dict(tensors)
     for layer in range(_layers(tensors)):
         for kind in kinds:
             head = f"model.layers.{layer}."
-            found[f"{head}{new}.{kind}"] = join(*(found.pop(f"{head}self_attn.{one}_proj.{kind}") for one in "qkv"))
-    return found
+            fused[f"{head}{new}.{kind}"] = join(*(fused.pop(f"{head}self_attn.{letter}_proj.{kind}") for letter in "qkv"))
+    return fused
 
 
 def _stacked(*parts: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ def publish(family: str, config: dict[str, Any], twin: Path, folder: Path) -> No
 
     auto = {"AutoConfig": f"configuration_{family}.Config", "AutoModelForCausalLM": f"modeling_{family}.Model"}
     config = {
-        **{name: one for name, one in config.items() if one is not None},
+        **{name: value for name, value in config.items() if value is not None},
         "model_type": family,
         "architectures": [families.find(family).ARCHITECTURE],
         "auto_map": auto,

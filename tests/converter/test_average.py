@@ -53,9 +53,9 @@ def expected(parts, weights):
     }
 
 
-def same_bits(one, other):
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one)
+def same_bits(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first)
 
 
 @pytest.mark.parametrize("weights", [None, [1, 3, 2], [3.0, -1.0, 0.5]])
@@ -112,8 +112,8 @@ def trained(golden, tmp_path):
 
     with tarfile.open(golden / "optimizer_state" / "right.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
-    one, other = tmp_path / "right", tmp_path / "other"
-    iteration = next(one.glob("iter_*"))
+    right, other = tmp_path / "right", tmp_path / "other"
+    iteration = next(right.glob("iter_*"))
     dcp_to_torch_save(iteration, tmp_path / "all.pt")
     state = {name: value for name, value in torch.load(tmp_path / "all.pt", weights_only=False).items() if torch.is_tensor(value)}
     torch.manual_seed(0)
@@ -121,9 +121,9 @@ def trained(golden, tmp_path):
         state[name] = state[name] + 0.1 * torch.randn_like(state[name])
         weight = name.removeprefix("optimizer.state.param.")
         state[weight] = state[name].to(state[weight].dtype)
-    shutil.copytree(one, other, ignore=shutil.ignore_patterns("*.distcp", ".metadata"))
+    shutil.copytree(right, other, ignore=shutil.ignore_patterns("*.distcp", ".metadata"))
     checkpoint.save(state, checkpoint_id=other / iteration.name, no_dist=True)
-    return one, other
+    return right, other
 
 
 def stored(root, work):

@@ -101,9 +101,12 @@ def test_metadata_that_lies(checkpoint, tmp_path, change, pattern):
 
 def test_a_checkpoint_of_another_shape_or_dtype_than_promised(checkpoint, tmp_path):
     def swap(metadata):
-        one, other = (MetadataIndex(FC2, torch.Size([0, 0, 0])), MetadataIndex("decoder.final_layernorm.weight", torch.Size([0])))
+        first, second = (
+            MetadataIndex(FC2, torch.Size([0, 0, 0])),
+            MetadataIndex("decoder.final_layernorm.weight", torch.Size([0])),
+        )
         data = metadata.storage_data
-        data[one], data[other] = data[other], data[one]
+        data[first], data[second] = data[second], data[first]
 
     edit_metadata(checkpoint, swap)
     refused(mcore_to_hf, checkpoint, tmp_path, r"holds \[64\] of bf16, but `.metadata` says \[1, 64, 48\] of bf16")
@@ -119,14 +122,14 @@ class Touch:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("place", ["metadata", "common.pt", "common_state"])
-def test_a_hostile_pickle_is_refused_and_never_runs(checkpoint, tmp_path, place):
+@pytest.mark.parametrize("part", ["metadata", "common.pt", "common_state"])
+def test_a_hostile_pickle_is_refused_and_never_runs(checkpoint, tmp_path, part):
     trap, folder = tmp_path / "ran", checkpoint / "iter_0000000"
     shutil.rmtree(folder / "huggingface")
     (folder / "run_config.yaml").unlink()
-    if place == "metadata":
+    if part == "metadata":
         (folder / ".metadata").write_bytes(pickle.dumps(Touch(trap)))
-    elif place == "common.pt":
+    elif part == "common.pt":
         torch.save({"args": Touch(trap)}, folder / "common.pt")
     else:
         torch.save([{"args": Touch(trap)}], folder / "evil")
@@ -141,8 +144,8 @@ def test_a_hostile_pickle_is_refused_and_never_runs(checkpoint, tmp_path, place)
 
 
 def same_place(metadata):
-    data, (one, other, *_) = metadata.storage_data, metadata.state_dict_metadata[FC2].chunks
-    data[MetadataIndex(FC2, other.offsets)] = data[MetadataIndex(FC2, one.offsets)]
+    data, (first, second, *_) = metadata.storage_data, metadata.state_dict_metadata[FC2].chunks
+    data[MetadataIndex(FC2, second.offsets)] = data[MetadataIndex(FC2, first.offsets)]
 
 
 def reshaped(metadata):

@@ -52,7 +52,9 @@ def test_an_expert_too_many_is_named(saved, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_router_s_bias_is_fp32_in_megatron_and_what_it_was_afterwards(saved, tmp_path, dtype):
     def cast(tensors):
-        tensors |= {name: one.to(getattr(torch, dtype)) for name, one in tensors.items() if name.endswith("correction_bias")}
+        tensors |= {
+            name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items() if name.endswith("correction_bias")
+        }
 
     folder = changed(saved, tmp_path / "hf", cast)
     hf_to_mcore(folder, tmp_path / "m", dtype="bf16")
@@ -113,18 +115,18 @@ def test_dense_layers_after_sparse_ones_are_no_deepseek():
 
 
 def test_the_numbers_of_yarn_mean_the_same_to_transformers_on_the_way_back():
-    one = families.find("deepseek_v3")
+    family = families.find("deepseek_v3")
     config = small_config("deepseek_v3").to_dict()
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 16}
     for more in ({}, {"mscale": 0.7}, {"mscale_all_dim": 0.7}, {"mscale": 0.7, "mscale_all_dim": 1.0}, {"attention_factor": 1.2},
                  {"attention_factor": 0.9, "mscale_all_dim": 1.0}):  # fmt: skip
-        fields = to_megatron(one.CONFIG, {**config, "rope_parameters": {**yarn, **more}})
+        fields = to_megatron(family.CONFIG, {**config, "rope_parameters": {**yarn, **more}})
         assert (fields["rope_type"], fields["position_embedding_type"]) == ("yarn", "rope")
         assert _factors(yarn | more) == pytest.approx(_megatron_core_s(fields))
-        back = to_huggingface(one.CONFIG, fields)
+        back = to_huggingface(family.CONFIG, fields)
         written = {**back["rope_scaling"], "rope_theta": back["rope_theta"]}
         assert _factors(written) == pytest.approx(_factors(yarn | more))
-        again = to_megatron(one.CONFIG, {**config, **back, "rope_parameters": None})
+        again = to_megatron(family.CONFIG, {**config, **back, "rope_parameters": None})
         assert again.pop("mscale") == pytest.approx(fields.pop("mscale"))
         assert again == fields
 

@@ -141,20 +141,20 @@ def test_the_mixture_is_not_kept_for_a_resumed_run_and_verifying_does_not_hide_t
 def test_what_only_the_second_of_two_ranks_saw_stops_both(at):
     """As on two machines, of which one still sees the file as it was: each rank looks at what it read itself."""
     shutil.copytree(at / "hf", at / "as the second sees it", copy_function=shutil.copy2)
-    path, said = at / "as the second sees it" / "model-00001-of-00003.safetensors", {}
+    path, errors = at / "as the second sees it" / "model-00001-of-00003.safetensors", {}
     talks = [Reporter(), Reporter(progress=once(lambda: write_in_place(path)))]
 
     def act(rank, source):
         try:
             hf_to_mcore(source, at / "out", ranks=Ranks(rank, 2, "run"), reporter=talks[rank])
         except UserError as error:
-            said[rank] = str(error)
+            errors[rank] = str(error)
 
     threads = [threading.Thread(target=act, args=(0, at / "hf")), threading.Thread(target=act, args=(1, path.parent))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert said[0].startswith(f"`{path}` changed while it was being read: it was `")
-    assert 1 in said
+    assert errors[0].startswith(f"`{path}` changed while it was being read: it was `")
+    assert 1 in errors
     assert not (at / "out").exists()

@@ -50,8 +50,8 @@ def weights(folder):
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def came_back(source, tmp_path, **options):
@@ -66,8 +66,8 @@ def test_each_kind_gives_the_weights_that_torch_joins(kinds, config, state, tmp_
     report = inspect(kinds / name, tensors=True)
     assert (report.format, report.tensors, report.optimizer_state) == (KINDS[name], 21, False)
     assert len(report.tensor_list[0]["chunks"]) == 2
-    found, notes = came_back(kinds / name, tmp_path, hf_config=config)
-    assert same(found, state)
+    tensors, notes = came_back(kinds / name, tmp_path, hf_config=config)
+    assert same(tensors, state)
     assert notes == []
     assert verify(kinds / name, tmp_path / "m").same
     assert verify(kinds / "hf_consolidated", kinds / name).same
@@ -83,8 +83,8 @@ def test_the_state_of_an_optimizer_is_left_out_and_counted(state, config, tmp_pa
     dcp.save(saved, checkpoint_id=tmp_path / "nested", no_dist=True)
     shutil.copy(config / "config.json", tmp_path / "nested")
     assert inspect(tmp_path / "nested").optimizer_state
-    found, notes = came_back(tmp_path / "nested", tmp_path)
-    assert same(found, state)
+    tensors, notes = came_back(tmp_path / "nested", tmp_path)
+    assert same(tensors, state)
     assert [note.partition(" such as")[0] for note in notes] == ["left out, no weights of the model: 42 tensors"]
 
 
@@ -94,8 +94,8 @@ def test_folders_of_accelerate_are_read_from_above_and_from_inside(state, config
     shutil.copy(config / "config.json", tmp_path / "c")
     (tmp_path / "c" / "trainer_state.json").write_text("{}")
     for source in (tmp_path / "c", tmp_path / "c" / "pytorch_model_fsdp_0"):
-        found, notes = came_back(source, tmp_path / "out" / source.name)
-        assert same(found, state)
+        tensors, notes = came_back(source, tmp_path / "out" / source.name)
+        assert same(tensors, state)
         assert notes == []
         assert {"config.json", "trainer_state.json"} <= {
             path.name for path in (tmp_path / "out" / source.name / "back").iterdir()
@@ -117,8 +117,8 @@ def test_a_model_of_fsdp_is_a_base_for_merging(tmp_path):
     assert fingerprint(tmp_path / "dcp") == fingerprint(tmp_path / "hf")
     for name in ("hf", "dcp"):
         adapter_to_mcore(tmp_path / "adapter", tmp_path / f"adapter_of_{name}", base=tmp_path / name)
-    one, other = (sorted((tmp_path / f"adapter_of_{name}").rglob("*.distcp")) for name in ("hf", "dcp"))
-    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other] != []
+    first, second = (sorted((tmp_path / f"adapter_of_{name}").rglob("*.distcp")) for name in ("hf", "dcp"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second] != []
 
 
 def as_titan(state, *, before_2026, heads=(4, 2)):
@@ -155,8 +155,8 @@ def test_torchtitans_llama_is_that_of_transformers(state, config, tmp_path, befo
     save_file(state, tmp_path / "model.safetensors")
     shutil.copy(config / "config.json", tmp_path)
     assert verify(tmp_path / "step-2", tmp_path).same
-    found, notes = came_back(tmp_path / "step-2", tmp_path, hf_config=config)
-    assert same(found, state)
+    tensors, notes = came_back(tmp_path / "step-2", tmp_path, hf_config=config)
+    assert same(tensors, state)
     assert len(notes) == 1
 
 
@@ -208,30 +208,30 @@ def changed(file, change):
 
 
 def test_slices_that_overlap_leave_gaps_or_disagree_are_named(kinds, config, tmp_path):
-    one, other = slices(kinds, tmp_path / "gap")
-    changed(other, lambda text: text.replace("[46, 0]", "[47, 0]"))
+    first, second = slices(kinds, tmp_path / "gap")
+    changed(second, lambda text: text.replace("[46, 0]", "[47, 0]"))
     message = r"the slices of `lm_head.weight` in 2 files do not tile its shape \[92, 32\]"
     refused(hf_to_mcore, tmp_path / "gap", tmp_path, message, hf_config=config)
-    one, other = slices(kinds, tmp_path / "twice")
-    shutil.copy(other, tmp_path / "twice" / "shard-00003-model-00001-of-00001.safetensors")
+    first, second = slices(kinds, tmp_path / "twice")
+    shutil.copy(second, tmp_path / "twice" / "shard-00003-model-00001-of-00001.safetensors")
     refused(hf_to_mcore, tmp_path / "twice", tmp_path, "in 3 files do not tile its shape", hf_config=config)
-    one, other = slices(kinds, tmp_path / "dtype")
-    save_file({name: value.bfloat16() for name, value in load_file(other).items()}, other, metadata=_metadata(other))
+    first, second = slices(kinds, tmp_path / "dtype")
+    save_file({name: value.bfloat16() for name, value in load_file(second).items()}, second, metadata=_metadata(second))
     refused(hf_to_mcore, tmp_path / "dtype", tmp_path, "slices of `.*` are fp32 with . dimensions in `shard-00001.*` and bf16",
             hf_config=config)  # fmt: skip
-    one, other = slices(kinds, tmp_path / "number")
-    one.unlink()
+    first, second = slices(kinds, tmp_path / "number")
+    first.unlink()
     refused(hf_to_mcore, tmp_path / "number", tmp_path, "lacks `shard-00001-model-….safetensors`, of 2 processes",
             hf_config=config)  # fmt: skip
-    one, other = slices(kinds, tmp_path / "last")
-    other.unlink()
+    first, second = slices(kinds, tmp_path / "last")
+    second.unlink()
     refused(hf_to_mcore, tmp_path / "last", tmp_path, r"has shape \[46, 32\]", hf_config=config)
-    one, other = slices(kinds, tmp_path / "silent")
-    save_file(load_file(other), other)
+    first, second = slices(kinds, tmp_path / "silent")
+    save_file(load_file(second), second)
     refused(hf_to_mcore, tmp_path / "silent", tmp_path, "does not say in `DCP_SHARDING_INFO` which slices it holds",
             hf_config=config)  # fmt: skip
-    one, other = slices(kinds, tmp_path / "offset")
-    changed(other, lambda text: text.replace("[46, 0]", "[-6, 0]"))
+    first, second = slices(kinds, tmp_path / "offset")
+    changed(second, lambda text: text.replace("[46, 0]", "[-6, 0]"))
     refused(hf_to_mcore, tmp_path / "offset", tmp_path, r"begins at `\[-6, 0\]`", hf_config=config)
 
 

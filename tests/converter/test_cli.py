@@ -211,8 +211,8 @@ def test_families_lists_the_directory():
     assert [line.split()[0] for line in listed] == families.names()
     columns = [re.split("  +", line) for line in listed]
     assert columns == [
-        [name, one.ARCHITECTURE, "weights, trains" if one.trains else "weights", one.MODELS]
-        for name, one in ((name, families.find(name)) for name in families.names())
+        [name, family.ARCHITECTURE, "weights, trains" if family.trains else "weights", family.MODELS]
+        for name, family in ((name, families.find(name)) for name in families.names())
     ]
     assert len({len(line) - len(words[3]) for line, words in zip(listed, columns, strict=True)}) == 1
 

@@ -28,9 +28,9 @@ def test_where_nobody_watches_a_line_every_few_seconds(monkeypatch, capsys):
     for _ in range(20):
         now[0] += 1
         lines.progress(100_000_000)
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 4
-    assert re.fullmatch(r"500.00 MB of 10.00 GB, 100.00 MB/s, 95 s left, \d+\.\d\d [MG]B resident", said[0])
+    output = capsys.readouterr().err.splitlines()
+    assert len(output) == 4
+    assert re.fullmatch(r"500.00 MB of 10.00 GB, 100.00 MB/s, 95 s left, \d+\.\d\d [MG]B resident", output[0])
 
 
 @pytest.mark.parametrize(("reused", "rate", "more"), [(0, "200.00", ""), (900_000_000, "20.00", ", 900.00 MB reused")])

@@ -136,8 +136,8 @@ def test_logits_see_every_option_of_a_family(family, ranks, tmp_path):
     hf_to_mcore(tmp_path / "hf", tmp_path / "megatron")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     changes = controls(family, config)
-    found = ranks.run(differences, 1, config, str(tmp_path / "megatron" / "iter_0000000"), TOKENS, changes)[0]
-    assert {name: share for name, share in found.items() if share <= TOLERANCE} == {}
+    shares = ranks.run(differences, 1, config, str(tmp_path / "megatron" / "iter_0000000"), TOKENS, changes)[0]
+    assert {name: share for name, share in shares.items() if share <= TOLERANCE} == {}
 
 
 def test_every_field_that_is_not_megatron_core_s_is_switched_off_in_some_family():

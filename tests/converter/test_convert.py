@@ -147,7 +147,7 @@ def test_numbers_without_dimensions_travel_and_are_compared(model_folder, tmp_pa
     assert model_tree(back) == tree(source)
     assert verify(source, back).same
     save_file({**weights, name: torch.tensor(0.5, dtype=torch.bfloat16)}, source / "model.safetensors", {"format": "pt"})
-    assert [one.name for one in verify(source, back).different] == [name]
+    assert [difference.name for difference in verify(source, back).different] == [name]
 
 
 def test_a_tied_output_layer_equal_to_the_embedding_comes_back(model_folder, tmp_path):
@@ -188,11 +188,11 @@ def test_max_shard_size_makes_other_files_that_transformers_reads(model_folder, 
         with safe_open(path, "pt") as shard:
             sizes = [shard.get_tensor(name).nbytes for name in shard.keys()]  # noqa: SIM118
         assert sum(sizes) <= 50_000 or len(sizes) == 1
-    one, other = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (folder, tmp_path / "back"))
-    for (name, a), (_, b) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
+    original, exported = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (folder, tmp_path / "back"))
+    for (name, a), (_, b) in zip(original.state_dict().items(), exported.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in one.state_dict().values())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in original.state_dict().values())
 
 
 @pytest.mark.parametrize(("start", "option", "torch_dtype"), [

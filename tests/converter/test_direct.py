@@ -25,9 +25,9 @@ def source(model_folder):
 
 @pytest.fixture(scope="session")
 def expected(source, tmp_path_factory):
-    place = tmp_path_factory.mktemp("plain")
-    hf_to_mcore(source, place / "m", tp=2)
-    return tree(place / "m")
+    folder = tmp_path_factory.mktemp("plain")
+    hf_to_mcore(source, folder / "m", tp=2)
+    return tree(folder / "m")
 
 
 def is_direct(descriptor):

@@ -53,8 +53,8 @@ def test_a_share_of_embeddings_is_dropped_as_by_transformers(family):
 
 @pytest.mark.parametrize("family", ["phi", "gptj", "gpt2", "starcoder2", "gpt_neox", "seed_oss", "opt"])
 def test_dropout_survives_the_way_to_megatron_and_back(family):
-    one, config = families.find(family), small_config(family, **OF_EMBEDDINGS[family]).to_dict()
-    back = to_huggingface(one.CONFIG, to_megatron(one.CONFIG, config))
+    definition, config = families.find(family), small_config(family, **OF_EMBEDDINGS[family]).to_dict()
+    back = to_huggingface(definition.CONFIG, to_megatron(definition.CONFIG, config))
     assert {name: back[name] for name in OF_EMBEDDINGS[family]} == OF_EMBEDDINGS[family]
 
 
@@ -75,10 +75,10 @@ def test_dropout_survives_the_way_to_megatron_and_back(family):
 def test_a_model_that_transformers_trains_otherwise_is_refused_by_name_and_converted(family, changes):
     from trainer.model import from_hf_config
 
-    one, config = families.find(family), {**small_config(family).to_dict(), **changes}
+    definition, config = families.find(family), {**small_config(family).to_dict(), **changes}
     with pytest.raises(UserError, match="cannot be trained") as error:
         from_hf_config(config)
     assert all(name in str(error.value) for name in changes.get("attn_config", changes))
-    back = to_huggingface(one.CONFIG, to_megatron(one.CONFIG, config))
-    for name, found in changes.items():
-        assert (found.items() <= back[name].items()) if isinstance(found, dict) else back[name] == found
+    back = to_huggingface(definition.CONFIG, to_megatron(definition.CONFIG, config))
+    for name, value in changes.items():
+        assert (value.items() <= back[name].items()) if isinstance(value, dict) else back[name] == value

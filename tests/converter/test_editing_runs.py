@@ -44,9 +44,9 @@ def start(request, sources, tmp_path):
         return started[-1]
 
     yield run
-    for one in started:
-        one.kill()
-        one.communicate()
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def test_killed_and_resumed_by_several_processes_it_ends_with_the_same_bytes(start, tmp_path):
@@ -57,8 +57,8 @@ def test_killed_and_resumed_by_several_processes_it_ends_with_the_same_bytes(sta
     assert not (tmp_path / "m").exists()
     again = [start("--resume", "--verify", log=f"log-{rank}", rank=rank, size=2, pause=0) for rank in range(2)]
     for rank in again:
-        code, said = rank.end()
-        assert code == 0, said
+        code, output = rank.end()
+        assert code == 0, output
     assert again[0].summary["reused_bytes"] > 0
     assert sum(written(tmp_path / f"log-{rank}") != [] for rank in range(2)) == 2
     assert tree(tmp_path / "m") == tree(tmp_path / "straight")

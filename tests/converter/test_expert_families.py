@@ -19,7 +19,7 @@ def fields(family, **changes):
 
 def without(family, *names):
     """The configuration of a small model without some fields."""
-    return {name: one for name, one in small_config(family).to_dict().items() if name not in names}
+    return {name: value for name, value in small_config(family).to_dict().items() if name not in names}
 
 
 def back(family, megatron):
@@ -48,10 +48,10 @@ def test_a_router_s_bias_of_another_shape_is_named(tmp_path):
 def test_what_no_router_here_computes_is_refused_by_name_and_converted(family, changes, name):
     from trainer.model import from_hf_config
 
-    found = fields(family, **changes)
+    megatron = fields(family, **changes)
     with pytest.raises(UserError, match=f"`{name}`.*cannot be trained"):
         from_hf_config({**small_config(family).to_dict(), **changes})
-    assert changes.items() <= back(family, found).items()
+    assert changes.items() <= back(family, megatron).items()
 
 
 def test_a_family_of_weights_alone_is_converted_with_a_note_and_not_trained(tmp_path):
@@ -66,10 +66,10 @@ def test_a_family_of_weights_alone_is_converted_with_a_note_and_not_trained(tmp_
 
 
 def test_flint_has_dense_layers_and_full_ones_where_config_json_says_neither():
-    found = to_megatron(families.find("flint").CONFIG, without("flint", "mlp_only_layers", "layer_types"))
-    assert found["moe_layer_freq"] == [0, 0, 1, 1]
-    assert found["window_attn_skip_freq"] == [0, 0, 1, 0]
-    assert found["no_rope_freq"] == [1, 1, 0, 1]
+    megatron = to_megatron(families.find("flint").CONFIG, without("flint", "mlp_only_layers", "layer_types"))
+    assert megatron["moe_layer_freq"] == [0, 0, 1, 1]
+    assert megatron["window_attn_skip_freq"] == [0, 0, 1, 0]
+    assert megatron["no_rope_freq"] == [1, 1, 0, 1]
     assert fields("flint", mlp_only_layers=[])["moe_layer_freq"] == 1
 
 
@@ -78,21 +78,21 @@ def test_the_same_number_of_experts_in_each_layer_is_one_number():
 
 
 def test_minimax_counts_the_channels_that_are_turned():
-    one = families.find("minimax_m2").CONFIG
+    config_fields = families.find("minimax_m2").CONFIG
     config = {**without("minimax_m2", "rope_parameters"), "rope_theta": 5e6, "rotary_dim": 4}
-    found = to_megatron(one, config)
-    assert found["rotary_percent"] == 0.25
-    assert to_huggingface(one, found)["rotary_dim"] == 4
+    megatron = to_megatron(config_fields, config)
+    assert megatron["rotary_percent"] == 0.25
+    assert to_huggingface(config_fields, megatron)["rotary_dim"] == 4
     with pytest.raises(UserError, match="two things"):
-        to_megatron(one, {**config, "partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}})
+        to_megatron(config_fields, {**config, "partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}})
 
 
 def test_sarvam_s_own_names_are_read_and_written():
     own = {"num_experts": 8, "num_shared_experts": 2, "use_qkv_bias": False}
     plain = without("sarvam_moe", "n_routed_experts", "n_shared_experts", "attention_bias")
-    found = to_megatron(families.find("sarvam_moe").CONFIG, {**plain, **own})
-    assert found == fields("sarvam_moe")
-    assert own.items() <= back("sarvam_moe", found).items()
+    megatron = to_megatron(families.find("sarvam_moe").CONFIG, {**plain, **own})
+    assert megatron == fields("sarvam_moe")
+    assert own.items() <= back("sarvam_moe", megatron).items()
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_sarvam_s_own_names_are_read_and_written():
 )
 def test_ernie_s_layers_with_experts_follow_from_three_numbers(start, end, interval, sparse):
     config = {"moe_layer_start_index": start, "moe_layer_end_index": end, "moe_layer_interval": interval}
-    found = fields("ernie4_5_moe", **config)
-    one = families.find("ernie4_5_moe")
-    again = {**small_config("ernie4_5_moe").to_dict(), **back("ernie4_5_moe", found)}
-    assert make_model(one.CONFIG, again).sparse == sparse == make_model(one.CONFIG, {**again, **config}).sparse
+    megatron = fields("ernie4_5_moe", **config)
+    family = families.find("ernie4_5_moe")
+    again = {**small_config("ernie4_5_moe").to_dict(), **back("ernie4_5_moe", megatron)}
+    assert make_model(family.CONFIG, again).sparse == sparse == make_model(family.CONFIG, {**again, **config}).sparse
 
 
 def test_an_ernie_without_shared_experts_has_no_weights_of_them(ranks, tmp_path):
@@ -124,9 +124,9 @@ def test_phi_s_short_contexts_have_the_attention_factor_that_its_config_names(ra
     random_model(config, dtype="float32").save_pretrained(tmp_path / "hf")
     check_logits(ranks, tmp_path / "hf", tmp_path, runs={"tp1": {}})
     saved = json.loads((tmp_path / "hf" / "config.json").read_text())
-    found = to_megatron(families.find("phimoe").CONFIG, saved)
-    assert found["rope_parameters"]["attention_factor"] == 1.3
-    assert "attention_factor" not in (back("phimoe", found).get("rope_scaling") or {})
+    megatron = to_megatron(families.find("phimoe").CONFIG, saved)
+    assert megatron["rope_parameters"]["attention_factor"] == 1.3
+    assert "attention_factor" not in (back("phimoe", megatron).get("rope_scaling") or {})
 
 
 @pytest.mark.parametrize(

@@ -163,9 +163,9 @@ def test_every_tensor_with_a_row_for_each_token_goes_along(tmp_path, family):
     after, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "made", output_loading_info=True)
     assert not any(loaded.values())
     with torch.no_grad():
-        one, other = (model.float().eval()(TOKENS % tokens).logits for model in (before, after))
-    assert other.shape[-1] == tokens + 7
-    assert torch.equal(other[..., :tokens], one)
+        expected, actual = (model.float().eval()(TOKENS % tokens).logits for model in (before, after))
+    assert actual.shape[-1] == tokens + 7
+    assert torch.equal(actual[..., :tokens], expected)
 
 
 def test_the_rules_of_a_family_pad_what_has_a_row_for_each_token():
@@ -307,7 +307,7 @@ def test_args_count_the_new_tokens(trained, tmp_path):
     root, config = trained
     extend_vocab(root, tmp_path / "made", to=130, hf_config=config)
     args = [open_megatron(LocalFolder(each)).args() for each in (root, tmp_path / "made")]
-    assert [one["vocab_size"] for one in args] == [89, 130]
+    assert [arguments["vocab_size"] for arguments in args] == [89, 130]
     assert args[1]["padded_vocab_size"] == 160
     plain = {name: value for name, value in args[0].items() if isinstance(value, str | int | float)}
     assert {name for name in plain if plain[name] != args[1].get(name)} == {"vocab_size", "padded_vocab_size"}

@@ -29,7 +29,7 @@ def converted(*arguments):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What both ways said of a model with small extras and of one with large ones, planned and carried out."""
-    folder, found = tmp_path_factory.mktemp("extras"), {}
+    folder, results = tmp_path_factory.mktemp("extras"), {}
     for size in (64, LARGE):
         ways = {
             "hf-to-mcore": (with_extras(folder / f"hf-{size}", size), folder / f"m-{size}"),
@@ -37,8 +37,8 @@ def runs(tmp_path_factory):
         }
         for command, (source, target) in ways.items():
             planned = converted(command, source, target, "--dry-run")
-            found[command, size] = planned, converted(command, source, target), source, target
-    return found
+            results[command, size] = planned, converted(command, source, target), source, target
+    return results
 
 
 @pytest.mark.parametrize("command", ["hf-to-mcore", "mcore-to-hf"])

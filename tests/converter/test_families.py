@@ -45,11 +45,11 @@ CASES = [
 def test_rules_name_every_weight_of_the_model_with_its_shape_and_no_other(family, variant):
     made = meta_model(family, **VARIANTS[variant])
     config = made.config.to_dict()
-    one = families.find(family)
-    model = make_model(one.CONFIG, config)
+    definition = families.find(family)
+    model = make_model(definition.CONFIG, config)
     tied = ["lm_head.weight"] if model.tied else []
     expected = {name: tuple(t.shape) for name, t in made.state_dict().items() if name not in tied}
-    assert dict(huggingface_tensors(one.RULES, model, dict.fromkeys(range(10_000)))) == expected
+    assert dict(huggingface_tensors(definition.RULES, model, dict.fromkeys(range(10_000)))) == expected
 
 
 WITH_EXPERTS = [
@@ -111,19 +111,19 @@ WITHOUT_DEFAULT = {
 def test_a_field_that_config_json_lacks_is_what_transformers_takes_it_for(family):
     from transformers import AutoConfig
 
-    config, one = AutoConfig.for_model(family, **WITHOUT_DEFAULT.get(family, {})).to_dict(), families.find(family)
+    config, definition = AutoConfig.for_model(family, **WITHOUT_DEFAULT.get(family, {})).to_dict(), families.find(family)
     config |= {"num_nextn_predict_layers": 0}  # 1 in transformers, whose models have no such layers: files say if there are some
-    expected, needed = to_megatron(one.CONFIG, config), []
+    expected, needed = to_megatron(definition.CONFIG, config), []
     tied = (
         {"tie_word_embeddings"} if "text_config" in config else set()
     )  # published files lack it beside `text_config`, and mean no
     for name in config.keys() - tied:
         try:
-            found = to_megatron(one.CONFIG, {key: value for key, value in config.items() if key != name})
+            actual = to_megatron(definition.CONFIG, {key: value for key, value in config.items() if key != name})
         except UserError:
             needed.append(name)
         else:
-            assert found == expected, name
+            assert actual == expected, name
     most = (11 if expected.get("multi_latent_attention") else 6) + (3 if expected["num_moe_experts"] else 0)
     assert len(needed) <= most, needed
 
@@ -174,8 +174,8 @@ def test_unsupported_model_types_are_listed_with_their_reasons(capsys):
     listed = capsys.readouterr().out.split("not supported:\n")[1].splitlines()
     assert dict(line.split(maxsplit=1) for line in listed) == REASONS
     show_families(every=True, as_json=True)
-    found = json.loads(capsys.readouterr().out)
-    assert {name: one["unsupported"] for name, one in found.items() if "unsupported" in one} == REASONS
+    report = json.loads(capsys.readouterr().out)
+    assert {name: entry["unsupported"] for name, entry in report.items() if "unsupported" in entry} == REASONS
 
 
 def test_every_family_says_what_it_can(capsys):
@@ -183,19 +183,21 @@ def test_every_family_says_what_it_can(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[: len(families.names())]] == families.names()
     show_families(as_json=True)
-    found = json.loads(capsys.readouterr().out)
-    assert {name: (one["trains"], one["needs"], one["layouts"]) for name, one in found.items()} == {
-        name: (one.trains, [*one.PROVIDER], [*one.LAYOUTS]) for name in families.names() if (one := families.find(name))
+    report = json.loads(capsys.readouterr().out)
+    assert {name: (family["trains"], family["needs"], family["layouts"]) for name, family in report.items()} == {
+        name: (family.trains, [*family.PROVIDER], [*family.LAYOUTS])
+        for name in families.names()
+        if (family := families.find(name))
     }
-    assert (found["llama"]["layouts"], found["mamba2"]["layouts"]) == (["gpt", "hybrid"], ["hybrid"])
+    assert (report["llama"]["layouts"], report["mamba2"]["layouts"]) == (["gpt", "hybrid"], ["hybrid"])
 
 
 def test_llama31_scaling_is_kept_when_a_config_is_rebuilt():
     from transformers import LlamaConfig
 
-    one = families.find("llama")
+    family = families.find("llama")
     config = meta_model("llama", **VARIANTS["rope31"]).config.to_dict()
-    back = to_huggingface(one.CONFIG, to_megatron(one.CONFIG, config))
+    back = to_huggingface(family.CONFIG, to_megatron(family.CONFIG, config))
     assert LlamaConfig(**back).rope_parameters == config["rope_parameters"]
 
 

@@ -28,7 +28,7 @@ REMOTE_CODE = {
 
 FAMILIES = [name for name in families.names() if name in CONFIG_MAPPING]
 
-_BASE = {one.name for one in fields(PreTrainedConfig)}
+_BASE = {field.name for field in fields(PreTrainedConfig)}
 IGNORED = (_BASE - {"tie_word_embeddings"}) | {
     "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
     "output_attentions", "pretraining_tp", "rope_parameters", "use_cache", "max_window_layers", "use_sliding_window",
@@ -45,7 +45,7 @@ def test_a_family_without_a_class_of_transformers_is_known():
 def names(family: str) -> dict[str, str]:
     """What the class calls the fields that all classes know under one name."""
     kind = CONFIG_MAPPING[family]
-    own = {one.name for one in fields(kind)}
+    own = {field.name for field in fields(kind)}
     return {name: kind.attribute_map.get(name, name) for name in (*own, *kind.attribute_map)}
 
 
@@ -90,17 +90,17 @@ ROPES = st.sampled_from(
 def options(draw) -> dict:
     """Fields that some families have."""
     switches = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "use_qkv_bias", "use_sliding_window")
-    found = {name: draw(st.booleans()) for name in switches if draw(st.booleans())}
+    chosen = {name: draw(st.booleans()) for name in switches if draw(st.booleans())}
     if draw(st.booleans()):
-        found["head_dim"] = draw(st.sampled_from([4, 12, 32]))
+        chosen["head_dim"] = draw(st.sampled_from([4, 12, 32]))
     if draw(st.booleans()):
-        found["rope_parameters"] = {**draw(ROPES), "rope_theta": draw(st.sampled_from([10000.0, 1e6, 5e5]))}
+        chosen["rope_parameters"] = {**draw(ROPES), "rope_theta": draw(st.sampled_from([10000.0, 1e6, 5e5]))}
     numbers = {
         "sliding_window": st.none() | st.integers(1, 100), "max_window_layers": st.integers(0, 9),
         "initializer_range": st.floats(0.001, 1), "rms_norm_eps": st.floats(1e-8, 1e-3), "layer_norm_eps": st.floats(1e-8, 1e-3),
         "attention_dropout": st.floats(0, 0.9),
     }  # fmt: skip
-    return found | {name: draw(one) for name, one in numbers.items() if draw(st.booleans())}
+    return chosen | {name: draw(strategy) for name, strategy in numbers.items() if draw(st.booleans())}
 
 
 ACTIVATIONS = st.sampled_from(["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2"])
@@ -117,11 +117,11 @@ def make(family: str, given: dict) -> PreTrainedConfig:
 
 def known(family: str, given: dict) -> dict:
     """Those of the fields that the class has, as it calls them; of a model beside others, in `text_config`."""
-    found = {names(family)[name]: value for name, value in given.items() if name in names(family)}
+    known_fields = {names(family)[name]: value for name, value in given.items() if name in names(family)}
     if family == "mamba2":  # whose heads are as wide as the layer
-        found |= {"num_heads": 2 * given["hidden_size"] // 8, "head_dim": 8, "n_groups": 1}
+        known_fields |= {"num_heads": 2 * given["hidden_size"] // 8, "head_dim": 8, "n_groups": 1}
     if TEXT not in names(family):
-        return found
+        return known_fields
     text = AutoConfig.for_model(family).get_text_config().model_type
     tied = {"tie_word_embeddings": bool(given.get("tie_word_embeddings"))}
     return {TEXT: {"model_type": text, **known(text, given | tied)}, **tied}
@@ -129,33 +129,33 @@ def known(family: str, given: dict) -> dict:
 
 def check(family: str, config: dict) -> None:
     """There and back: all fields that matter, as the class reads them, and as Megatron does."""
-    one = families.find(family)
-    back = to_huggingface(one.CONFIG, to_megatron(one.CONFIG, config))
+    definition = families.find(family)
+    back = to_huggingface(definition.CONFIG, to_megatron(definition.CONFIG, config))
     again = plain(AutoConfig.for_model(family, **back))
     assert meant(again, config) == meant(config, config)
     assert rotations(family, again) == rotations(family, config)
-    assert to_megatron(one.CONFIG, again) == to_megatron(one.CONFIG, config) == to_megatron(one.CONFIG, back)
-    assert make_model(one.CONFIG, back) == make_model(one.CONFIG, config)
+    assert to_megatron(definition.CONFIG, again) == to_megatron(definition.CONFIG, config) == to_megatron(definition.CONFIG, back)
+    assert make_model(definition.CONFIG, back) == make_model(definition.CONFIG, config)
 
 
 def meant(config: dict, like: dict) -> dict[str, Any]:
     """The fields that matter in the configuration `like`; of activations that have several names, the function; of null, the
     number that it stands for; of a language model beside others, the same, but for the switch that is said beside it too."""
-    found = {name: filled(config).get(name) for name in mattering(like) if name != TEXT}
-    found = {name: FUNCTIONS.get(one, one) if isinstance(one, str) else one for name, one in found.items()}
+    values = {name: filled(config).get(name) for name in mattering(like) if name != TEXT}
+    values = {name: FUNCTIONS.get(value, value) if isinstance(value, str) else value for name, value in values.items()}
     if TEXT not in like:
-        return found
+        return values
     text = meant(config[TEXT], like[TEXT])
-    return {**found, TEXT: {name: one for name, one in text.items() if name != "tie_word_embeddings"}}
+    return {**values, TEXT: {name: value for name, value in text.items() if name != "tie_word_embeddings"}}
 
 
 def filled(config: dict) -> dict:
     """The configuration with numbers for nulls, and no more dense layers than there are layers."""
-    found = {**config, **{name: number(config) for name, number in NULLS.items() if name in config and config[name] is None}}
+    whole = {**config, **{name: number(config) for name, number in NULLS.items() if name in config and config[name] is None}}
     dense, listed = "first_k_dense_replace", "mlp_only_layers"
-    if isinstance(found.get(listed), list):
-        found[listed] = [layer for layer in found[listed] if layer < config["num_hidden_layers"]]
-    return {**found, dense: min(found[dense], config["num_hidden_layers"])} if dense in found else found
+    if isinstance(whole.get(listed), list):
+        whole[listed] = [layer for layer in whole[listed] if layer < config["num_hidden_layers"]]
+    return {**whole, dense: min(whole[dense], config["num_hidden_layers"])} if dense in whole else whole
 
 
 NULLS = {
@@ -180,20 +180,20 @@ def rotations(family: str, config: dict) -> list[Any]:
     """What transformers computes of `rope_parameters`: for each type of layer, what they say where it is not scaled, or the
     frequencies and the factor of attention."""
     whole = AutoConfig.for_model(family, **{name: value for name, value in filled(config).items() if name != "model_type"})
-    found = config.get("rope_parameters") or {}
-    nested = {name: one for name, one in found.items() if isinstance(one, dict)}
+    parameters = config.get("rope_parameters") or {}
+    nested = {name: rope for name, rope in parameters.items() if isinstance(rope, dict)}
     return [
-        [name, one]
-        if one.get("rope_type", "default") == "default"
-        else [name, *rounded(ROPE_INIT_FUNCTIONS[one["rope_type"]](whole, "cpu", **({"layer_type": name} if name else {})))]
-        for name, one in sorted((nested or {"": found}).items())
+        [name, rope]
+        if rope.get("rope_type", "default") == "default"
+        else [name, *rounded(ROPE_INIT_FUNCTIONS[rope["rope_type"]](whole, "cpu", **({"layer_type": name} if name else {})))]
+        for name, rope in sorted((nested or {"": parameters}).items())
     ]
 
 
 def rounded(computed: tuple[Any, float]) -> tuple[list[float], float]:
     """To what single precision holds: a factor that is computed back differs in its last digits."""
     frequencies, factor = computed
-    return [float(f"{one:.6g}") for one in frequencies.tolist()], float(f"{factor:.9g}")
+    return [float(f"{frequency:.6g}") for frequency in frequencies.tolist()], float(f"{factor:.9g}")
 
 
 def older(config: dict) -> dict:
@@ -271,8 +271,8 @@ def test_the_defaults_of_a_family_are_those_of_its_class(family):
 
 def without_prediction(config) -> dict:
     """By some classes there is one layer of multi-token prediction, and their models have none."""
-    found = plain(config)
-    return {**found, **{name: 0 for name, layers in found.items() if name == "num_nextn_predict_layers" and layers}}
+    saved = plain(config)
+    return {**saved, **{name: 0 for name, layers in saved.items() if name == "num_nextn_predict_layers" and layers}}
 
 
 WITHOUT_DEFAULT = {
@@ -287,7 +287,7 @@ NO_DEFAULTS = {"mistral3": ("tie_word_embeddings",)}
 
 
 def sizes_alone(names: dict[str, str], whole: dict) -> dict:
-    return {name: whole[name] for name in (names.get(one, one) for one in SIZES) if name in whole}
+    return {name: whole[name] for name in (names.get(size, size) for size in SIZES) if name in whole}
 
 
 SIZES = (

@@ -52,9 +52,9 @@ def plain(family: str) -> dict:
 SHARE = 4
 
 
-def a_share(values: tuple, family: str, place: int) -> tuple:
+def a_share(values: tuple, family: str, position: int) -> tuple:
     """Every fourth value, others at each place and in the next family: families share most of what reads their fields."""
-    return values[(families.names().index(family) + place) % SHARE :: SHARE]
+    return values[(families.names().index(family) + position) % SHARE :: SHARE]
 
 
 def every(values: tuple, *_) -> tuple:
@@ -70,10 +70,10 @@ def chosen(request):
 @pytest.mark.parametrize("family", families.names())
 def test_a_damaged_value_is_refused_or_read(family, chosen):
     config = plain(family)
-    without = {key: one for key, one in config.items() if key != "layer_types"}
+    without = {key: entry for key, entry in config.items() if key != "layer_types"}
     names = (*config, "rope_theta", "rope_scaling", "sliding_window", "layer_types", "use_sliding_window", "head_dim")
-    for place, name in enumerate(names):
-        for value in chosen(DAMAGED, family, place):
+    for position, name in enumerate(names):
+        for value in chosen(DAMAGED, family, position):
             read(family, {**config, name: value})
             read(family, {**without, name: value})
             sized(family, {**config, name: value})
@@ -82,9 +82,9 @@ def test_a_damaged_value_is_refused_or_read(family, chosen):
 @pytest.mark.parametrize("family", families.names())
 def test_a_damaged_scaling_of_rotary_embeddings_is_refused_or_read(family, chosen):
     config = plain(family)
-    older = {key: one for key, one in config.items() if key != "rope_parameters"}
-    for place, (kind, name) in enumerate(product(KINDS, ROPE)):
-        for value in chosen(FEW, family, place):
+    older = {key: entry for key, entry in config.items() if key != "rope_parameters"}
+    for position, (kind, name) in enumerate(product(KINDS, ROPE)):
+        for value in chosen(FEW, family, position):
             rope = {**ROPE, "rope_type": kind, "type": kind, name: value}
             read(family, {**config, "rope_parameters": rope})
             read(family, {**older, "rope_scaling": rope})
@@ -94,8 +94,8 @@ def test_a_damaged_scaling_of_rotary_embeddings_is_refused_or_read(family, chose
 def test_damaged_fields_of_megatron_are_refused_or_written(family, chosen):
     fields = families.find(family).CONFIG
     megatron = to_megatron(fields, plain(family))
-    for place, name in enumerate(megatron):
-        for value in chosen(DAMAGED, family, place):
+    for position, name in enumerate(megatron):
+        for value in chosen(DAMAGED, family, position):
             with suppress(UserError):
                 to_huggingface(fields, {**megatron, name: value})
 

@@ -21,7 +21,7 @@ def test_the_page_of_families_is_current():
 
 
 MEGATRON = (
-    {one.name for one in fields(MLATransformerConfig)}
+    {field.name for field in fields(MLATransformerConfig)}
     | {name for model in (GPTModel, HybridModel) for name in inspect.signature(model.__init__).parameters}
     | {"seq_length", "layout"}
 )
@@ -29,9 +29,9 @@ MEGATRON = (
 `yarn_` from its config too."""
 
 OWN = {
-    one.name: one.default_factory() if one.default_factory is not MISSING else one.default
-    for one in fields(MLAModelProvider)
-    if one.name not in MEGATRON and not one.name.startswith(("yarn_", "hf_"))
+    field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+    for field in fields(MLAModelProvider)
+    if field.name not in MEGATRON and not field.name.startswith(("yarn_", "hf_"))
 }
 
 

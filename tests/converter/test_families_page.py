@@ -46,7 +46,7 @@ def test_the_page_names_every_verb_and_every_field_of_a_family():
 
     verbs = {"replicated", "column_parallel", "row_parallel", "qkv", "gated_mlp", "vocab_parallel", "sections", "copy_of"}
     assert verbs <= {*vars(rules)}
-    for name in (*verbs, *(one.name for one in fields(families.Family)), *rules.Options.__annotations__):
+    for name in (*verbs, *(field.name for field in fields(families.Family)), *rules.Options.__annotations__):
         assert name in PAGE, name
 
 
@@ -54,9 +54,9 @@ def test_the_page_names_every_field_of_config():
     makers = [
         name
         for module in (config_experts, config_latent, config_layers, config_nested, config_parts, config_rope, config_router)
-        for name, one in vars(module).items()
-        if getattr(one, "__module__", "") == module.__name__
-        and getattr(one, "__annotations__", {}).get("return") in ("Field", "tuple[Field, ...]", "Types")
+        for name, member in vars(module).items()
+        if getattr(member, "__module__", "") == module.__name__
+        and getattr(member, "__annotations__", {}).get("return") in ("Field", "tuple[Field, ...]", "Types")
         and not name.startswith("_")
     ]
     assert {"window_pattern", "rope_by_type", "rms_norm", "not_computed", "sparse_layers"} <= {*makers}

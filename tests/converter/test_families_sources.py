@@ -86,15 +86,15 @@ def test_a_head_for_classification_is_named(family, tmp_path):
         pytest.skip("transformers has none")
     folder = save_as(AutoModelForSequenceClassification, family, tmp_path / "hf")
     heads = [name for name in load_file(folder / SINGLE) if re.match(r"score|classifier", name)]
-    said = refusal(folder, tmp_path)
+    message = refusal(folder, tmp_path)
     assert heads
-    assert f"`{heads[0]}`" in said
-    assert "a head for classification, rewards" in said
+    assert f"`{heads[0]}`" in message
+    assert "a head for classification, rewards" in message
 
 
 def test_a_head_without_its_bias_lacks_the_bias_alone(tmp_path):
     folder = save_small("phi", tmp_path / "hf", dtype="float32")
-    change(folder, lambda weights: {name: one for name, one in weights.items() if name != "lm_head.bias"})
+    change(folder, lambda weights: {name: tensor for name, tensor in weights.items() if name != "lm_head.bias"})
     assert refusal(folder, tmp_path).startswith("the source lacks `lm_head.bias`")
 
 
@@ -135,14 +135,14 @@ def is_matrix(name, tensor):
 
 @pytest.mark.parametrize("method", ["GPTQ", "int8"])
 def test_quantized_weights_are_refused(family, folder, tmp_path, method):
-    first = next(name for name, one in load_file(folder / SINGLE).items() if is_matrix(name, one))
+    first = next(name for name, tensor in load_file(folder / SINGLE).items() if is_matrix(name, tensor))
 
     def rewrite(weights):
         whole = weights.pop(first)
         if method == "int8":
             return {**weights, first: whole.astype(np.int8)}
         parts = {name: np.ones((2, 2), "int32") for name in ("qweight", "qzeros", "g_idx")}
-        return {**weights, **{f"{first.removesuffix('weight')}{name}": one for name, one in parts.items()}}
+        return {**weights, **{f"{first.removesuffix('weight')}{name}": tensor for name, tensor in parts.items()}}
 
     change(folder, rewrite)
     set_config(folder, quantization_config={"quant_method": "some method"})
@@ -150,9 +150,9 @@ def test_quantized_weights_are_refused(family, folder, tmp_path, method):
 
 
 def test_a_wrapper_s_prefix_is_named(folder, tmp_path):
-    change(folder, lambda weights: {f"module.{name}": one for name, one in weights.items()})
-    said = refusal(folder, tmp_path)
-    assert "`module.` is DistributedDataParallel's or DeepSpeed's" in said
+    change(folder, lambda weights: {f"module.{name}": tensor for name, tensor in weights.items()})
+    message = refusal(folder, tmp_path)
+    assert "`module.` is DistributedDataParallel's or DeepSpeed's" in message
 
 
 def test_a_tied_head_that_differs_is_named_with_both_values(family, folder, tmp_path):
@@ -172,9 +172,10 @@ def test_a_tied_head_that_differs_is_named_with_both_values(family, folder, tmp_
         return weights
 
     change(folder, differ)
-    one, two = (load_file(folder / SINGLE)[name][3, 2] for name in (head, embedding))
+    in_head, in_embedding = (load_file(folder / SINGLE)[name][3, 2] for name in (head, embedding))
     assert refusal(folder, tmp_path) == (
-        f"`{head}` differs from `{embedding}`, though `config.json` ties them: at [3, 2] they are {one:.9g} and {two:.9g}\n\n"
+        f"`{head}` differs from `{embedding}`, though `config.json` ties them: "
+        f"at [3, 2] they are {in_head:.9g} and {in_embedding:.9g}\n\n"
         "hint: set `tie_word_embeddings` to false in `config.json` to keep both"
     )
     change(folder, lambda weights: {**weights, head: weights[embedding][:5].copy()})
@@ -201,7 +202,7 @@ OTHER_WORDS = {
 
 
 def in_other_words(name: str) -> str:
-    return next((name.replace(one, word, 1) for one, word in OTHER_WORDS.items() if name.startswith(one)), name)
+    return next((name.replace(start, word, 1) for start, word in OTHER_WORDS.items() if name.startswith(start)), name)
 
 
 @pytest.mark.parametrize(

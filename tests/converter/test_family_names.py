@@ -42,10 +42,10 @@ def test_every_family_is_listed_or_there_is_a_reason():
 @pytest.mark.parametrize("family", sorted({*families.names()} & {*ON_DISK}))
 def test_a_family_has_the_published_names_and_shapes(family):
     published = {name: tuple(shape) for name, shape in ON_DISK[family]["tensors"].items()}
-    one = families.find(family).rooted(published)
+    definition = families.find(family).rooted(published)
     config = {**ON_DISK[family]["config"], "num_nextn_predict_layers": 0}  # of which transformers saves none
-    model = make_model(one.CONFIG, config)
+    model = make_model(definition.CONFIG, config)
     source = {name: TensorSpec(name, shape, DTYPES["fp32"]) for name, shape in published.items()}
-    weights = dict(huggingface_tensors(one.RULES, model, source))
-    extras = {name: published[name] for name in extra_names(one.EXTRAS, model) & published.keys()}
+    weights = dict(huggingface_tensors(definition.RULES, model, source))
+    extras = {name: published[name] for name in extra_names(definition.EXTRAS, model) & published.keys()}
     assert {**extras, **weights} == published

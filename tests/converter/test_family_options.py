@@ -100,7 +100,7 @@ def test_mbtrain_reads_other_prefixes_and_leaves_out_what_passes_through(tmp_pat
     for folder, extras in ((published, 8), (save_small("mimo", tmp_path / "mimo"), 3)):
         plan = plan_of(HuggingFaceReader(LocalFolder(folder)))
         assert len(plan.extras) == extras
-        assert "embedding.word_embeddings.weight" in {one.spec.name for one in plan.tensors}
+        assert "embedding.word_embeddings.weight" in {tensor.spec.name for tensor in plan.tensors}
 
 
 def test_a_gpt2_under_another_family_s_config_is_named(model_folder, tmp_path):
@@ -138,13 +138,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_nothing_computes_is_converted_and_noted_and_refused_in_training(family, tmp_path):
-    changes, said, why = REFUSED[family]
+    changes, problem, why = REFUSED[family]
     folder = save_small(family, tmp_path / "hf")
     config = {**json.loads((folder / "config.json").read_text()), **changes}
     (folder / "config.json").write_text(json.dumps(config))
     notes = []
     hf_to_mcore(folder, tmp_path / "m", reporter=Reporter(notes.append))
-    assert any(note.startswith(f"{said}, with which `mbtrain` refuses the model: {why}") for note in notes), notes
+    assert any(note.startswith(f"{problem}, with which `mbtrain` refuses the model: {why}") for note in notes), notes
     mcore_to_hf(tmp_path / "m", tmp_path / "back")
     assert model_tree(tmp_path / "back") == model_tree(folder)
     with pytest.raises(UserError, match=r"cannot be trained: neither megatron-core nor this trainer computes it"):

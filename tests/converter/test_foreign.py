@@ -51,9 +51,9 @@ def test_any_layout_stacked_or_per_layer_gives_the_source(ranks, imported, tmp_p
     tp, pp, vpp = layout
     saved = saved_by_megatron(ranks, imported, tmp_path / "iter_0000007", tp=tp, pp=pp, vpp=vpp, singleton=singleton)
     mcore_to_hf(saved, tmp_path / "back", hf_config=imported[0])
-    expected, found = (load_file(folder / "model.safetensors") for folder in (imported[0], tmp_path / "back"))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, actual = (load_file(folder / "model.safetensors") for folder in (imported[0], tmp_path / "back"))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_uneven_stages_give_the_source(ranks, imported, tmp_path):
@@ -62,10 +62,10 @@ def test_uneven_stages_give_the_source(ranks, imported, tmp_path):
     assert same_weights(imported[0], tmp_path / "back")
 
 
-def same_weights(one, other):
+def same_weights(first, second):
     a, b = (
         {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-        for folder in (one, other)
+        for folder in (first, second)
     )
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -193,8 +193,8 @@ def test_a_bf16_checkpoint_exported_by_a_config_alone_says_bf16(ranks, imported,
     mcore_to_hf(saved, tmp_path / "back", hf_config=tmp_path / "config")
     assert {path.name for path in (tmp_path / "back").iterdir()} == {"config.json", "conversion.json", "model.safetensors"}
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
-    source, found = (load_file(path / "model.safetensors") for path in (imported[0], tmp_path / "back"))
-    assert all(torch.equal(source[name].bfloat16(), found[name]) for name in source)
+    source, exported = (load_file(path / "model.safetensors") for path in (imported[0], tmp_path / "back"))
+    assert all(torch.equal(source[name].bfloat16(), exported[name]) for name in source)
 
 
 def test_a_checkpoint_that_says_nothing_of_its_model_asks_for_a_config(ranks, imported, tmp_path):

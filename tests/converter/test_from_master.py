@@ -110,8 +110,8 @@ def test_weights_in_fp32_are_their_own_masters(tmp_path):
     hf_to_mcore(source, tmp_path / "m", dtype="fp32")
     for values_from in ("weights", "master"):
         mcore_to_hf(tmp_path / "m", tmp_path / values_from, values_from=values_from)
-    one, other = (tmp_path / name / "model.safetensors" for name in ("weights", "master"))
-    assert one.read_bytes() == other.read_bytes()
+    from_weights, from_masters = (tmp_path / name / "model.safetensors" for name in ("weights", "master"))
+    assert from_weights.read_bytes() == from_masters.read_bytes()
 
 
 def test_any_region_of_a_master_proves_itself(root):

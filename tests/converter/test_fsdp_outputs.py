@@ -23,15 +23,15 @@ from tests.megatron_fsdp import loaded_without_a_gpu
 
 def stored(root, *, tokens=None):
     """The weights of a checkpoint under their keys: shape, dtype, boxes and bytes; of the vocabulary those of `tokens` rows."""
-    container, found = open_megatron(LocalFolder(root)).container, {}
+    container, weights = open_megatron(LocalFolder(root)).container, {}
     for key in (key for key in container.tensor_names if key.startswith("model.")):
         tensor = container.tensor(key)
         value = np.empty(tensor.shape, tensor.dtype)
         container.read(tensor, tuple(slice(0, size) for size in tensor.shape), value)
         boxes = sorted([(part.start, part.stop) for part in chunk.region] for chunk in tensor.chunks)
         rows = tokens if key.endswith(("word_embeddings.weight", "output_layer.weight")) else None
-        found[key] = (tensor.shape, tensor.dtype.name, boxes, value[:rows].tobytes())
-    return found
+        weights[key] = (tensor.shape, tensor.dtype.name, boxes, value[:rows].tobytes())
+    return weights
 
 
 @pytest.fixture
@@ -100,13 +100,13 @@ def test_megatron_fsdp_loads_it_strictly_and_holds_the_weights(ranks, tmp_path, 
     hf_to_mcore(source, tmp_path / "m", ckpt_format="fsdp_dtensor", transformer_impl="local")
     shape = Shape(json.loads((source / "config.json").read_text()))
     reader = open_megatron(LocalFolder(tmp_path / "m"))
-    found = {name: np.full(spec.shape, np.nan, spec.dtype) for name, spec in reader.specs.items()}
+    loaded = {name: np.full(spec.shape, np.nan, spec.dtype) for name, spec in reader.specs.items()}
     for held in ranks.run(loaded_without_a_gpu, 2, shape, str(tmp_path / "m")):
-        assert {with_expert(name) for name in held} == found.keys()
+        assert {with_expert(name) for name in held} == loaded.keys()
         for name, (start, value) in held.items():
             box = tuple(slice(first, first + size) for first, size in zip(start, value.shape, strict=True))
-            found[with_expert(name)][box] = value
+            loaded[with_expert(name)][box] = value
     for name, spec in reader.specs.items():
         written = np.empty(spec.shape, spec.dtype)
         reader.read(name, spec.full_region, written)
-        np.testing.assert_array_equal(found[name], written)
+        np.testing.assert_array_equal(loaded[name], written)

@@ -62,13 +62,13 @@ def convert(model, tmp_path):
     return run
 
 
-def failed(result, target, *, said):
+def failed(result, target, *, message):
     """The error's text, held to what every such error must say."""
     code, text, _ = result
     assert code == 1, text
     assert "Traceback" not in text
     error = text[text.index("error: ") :]
-    assert f"error: {said}" in error
+    assert f"error: {message}" in error
     assert str(target) in error
     assert not target.exists()
     left = partial(target)
@@ -85,7 +85,7 @@ def failed(result, target, *, said):
 def test_a_write_that_fails_keeps_what_is_done(convert, fault, whole, tmp_path, case):
     number, piece_bytes = case
     env = fault("pwrite", ".distcp", 12, number)
-    failed(convert(env=env, piece_bytes=piece_bytes), tmp_path / "m", said=SAID[number])
+    failed(convert(env=env, piece_bytes=piece_bytes), tmp_path / "m", message=SAID[number])
     code, text, summary = convert("--resume", piece_bytes=piece_bytes)
     assert code == 0, text
     assert summary["reused_bytes"] > 0
@@ -98,7 +98,7 @@ def test_a_write_that_fails_keeps_what_is_done(convert, fault, whole, tmp_path, 
     ids=["a document", "a copy", "the journal", "the commit"],
 )
 def test_no_room_at_any_step_keeps_what_is_done(convert, fault, whole, tmp_path, step):
-    error = failed(convert(env=fault(*step, errno.ENOSPC)), tmp_path / "m", said="no room left for")
+    error = failed(convert(env=fault(*step, errno.ENOSPC)), tmp_path / "m", message="no room left for")
     assert "free space, then continue with `--resume`" in error
     code, text, summary = convert("--resume")
     assert code == 0, text
@@ -109,7 +109,7 @@ def test_no_room_at_any_step_keeps_what_is_done(convert, fault, whole, tmp_path,
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
 def test_what_a_failed_sync_may_have_lost_is_written_again(convert, fault, whole, tmp_path, number):
-    failed(convert(env=fault("fsync", ".distcp", 2, number)), tmp_path / "m", said=SAID[number])
+    failed(convert(env=fault("fsync", ".distcp", 2, number)), tmp_path / "m", message=SAID[number])
     before = sum(written(tmp_path / "log"))
     code, text, summary = convert("--resume")
     assert code == 0, text
@@ -123,7 +123,7 @@ def test_what_an_earlier_run_wrote_is_synced_before_a_later_one_counts_on_it(con
     killed = Conversion("hf-to-mcore", model, tmp_path / "m", *OPTIONS, log=tmp_path / "first", hold={"write": 30})
     killed.until("write", 30)
     killed.stop()
-    failed(convert("--resume", env=fault("fsync", ".distcp", 1, errno.EIO)), tmp_path / "m", said="cannot use")
+    failed(convert("--resume", env=fault("fsync", ".distcp", 1, errno.EIO)), tmp_path / "m", message="cannot use")
     assert convert("--resume")[2]["reused_bytes"] == 0
     assert tree(tmp_path / "m") == whole
 
@@ -134,7 +134,7 @@ def test_no_room_for_the_first_file_leaves_nothing(convert, fault, tmp_path):
         assert code == 1
         assert f"error: no room left for `{tmp_path / 'm'}`" in text
         assert "keeps" not in text
-        assert [found.name for found in tmp_path.iterdir() if found.name != "log"] == []
+        assert [entry.name for entry in tmp_path.iterdir() if entry.name != "log"] == []
 
 
 def test_a_lock_is_let_go_of_though_there_is_no_room_for_a_claim_to_it(convert, fault, tmp_path):
@@ -170,7 +170,7 @@ def test_a_limit_on_the_size_of_files_is_named(convert, whole, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-    error = failed(convert(preexec_fn=limit), tmp_path / "m", said="no room left for")
+    error = failed(convert(preexec_fn=limit), tmp_path / "m", message="no room left for")
     assert "File too large" in error
     assert "`ulimit -f`" in error
     assert convert("--resume")[0] == 0
@@ -186,14 +186,14 @@ def test_an_unreadable_source_is_not_taken_for_a_full_disk(convert, model, fault
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own with room for the output; None where mounting one is refused."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "small", str(place)]
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "small", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         yield None
         return
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_disk_that_others_fill_is_said_and_the_conversion_ends_when_there_is_room(model, whole, small_disk, fault, tmp_path):
@@ -205,7 +205,7 @@ def test_a_disk_that_others_fill_is_said_and_the_conversion_ends_when_there_is_r
     if small_disk:
         fill(small_disk / "ballast")
     process.release()
-    failed((*process.end(), process.summary), target, said="no room left for")
+    failed((*process.end(), process.summary), target, message="no room left for")
     (target.parent / "ballast").unlink(missing_ok=True)
     process = Conversion(*command, "--resume", log=log)
     assert process.end()[0] == 0

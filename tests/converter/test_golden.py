@@ -26,14 +26,14 @@ def stored_keys(iteration):
 def test_a_ranks_chunks_lie_in_its_own_file_one_per_layer_and_fc1_two(tmp_path):
     hf_to_mcore(save(build(dtype="bfloat16", **SIZES), tmp_path / "hf"), tmp_path / "m", tp=2, pp=2)
     metadata = pickle.loads((tmp_path / "m" / "iter_0000000" / ".metadata").read_bytes())
-    found = {}
+    chunks = {}
     for index, info in metadata.storage_data.items():
         if index.offset is not None:
-            found.setdefault(info.relative_path, []).append((index.fqn, tuple(index.offset)))
-    assert sorted(found) == [f"__{rank}_0.distcp" for rank in range(4)]
+            chunks.setdefault(info.relative_path, []).append((index.fqn, tuple(index.offset)))
+    assert sorted(chunks) == [f"__{rank}_0.distcp" for rank in range(4)]
     for rank in range(4):
         stage, tp = divmod(rank, 2)
-        held = found[f"__{rank}_0.distcp"]
+        held = chunks[f"__{rank}_0.distcp"]
         layers = range(2 * stage, 2 * stage + 2)
         expected = [("decoder.layers.self_attention.linear_qkv.weight", (layer, 64 * tp, 0)) for layer in layers]
         expected += [("decoder.layers.self_attention.linear_proj.weight", (layer, 0, 32 * tp)) for layer in layers]
@@ -68,9 +68,9 @@ def test_megatron_bridges_directory_gives_its_hf_source(golden, tmp_path, refere
     given = {"hf_config": bridge / "hf"} if reference == "given" else {}
     mcore_to_hf(bridge / "megatron", tmp_path / "back", **given)
     expected = {name: t for path in (bridge / "hf").glob("*.safetensors") for name, t in load_file(path).items()}
-    found = load_file(tmp_path / "back" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual = load_file(tmp_path / "back" / "model.safetensors")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     source = json.loads((bridge / "hf" / "config.json").read_text())
     if reference == "given":
@@ -91,9 +91,9 @@ def test_the_files_beside_the_weights_follow_megatron_bridges(golden, tmp_path):
     for name in ("latest_checkpointed_iteration.txt", "iter_0000000/metadata.json", "iter_0000000/tokenizer/tokenizer.json"):
         assert ours[name] == theirs[name]
     for name in ("latest_train_state.pt", "iter_0000000/train_state.pt"):
-        one, other = (torch.load(root / name, weights_only=True) for root in (tmp_path / "m", bridge / "megatron"))
-        assert one == other
-        assert {key: value.dtype for key, value in one.items()} == {key: value.dtype for key, value in other.items()}
+        written, reference = (torch.load(root / name, weights_only=True) for root in (tmp_path / "m", bridge / "megatron"))
+        assert written == reference
+        assert {key: value.dtype for key, value in written.items()} == {key: value.dtype for key, value in reference.items()}
     mine, his = (yaml.safe_load(files["iter_0000000/run_config.yaml"]) for files in (ours, theirs))
     assert mine.keys() <= his.keys()
     differing = {key for key, value in mine["model"].items() if his["model"].get(key) != value}

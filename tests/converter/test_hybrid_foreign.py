@@ -43,8 +43,8 @@ def saved_by_megatron(ranks, source, hybrid, target, args):
     return target
 
 
-def same_tensors(one, other):
-    left, right = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+def same_tensors(first, second):
+    left, right = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 

@@ -55,6 +55,6 @@ def check(ranks, folder, iteration, pattern, expected):
         model = config, with_stages(pattern, stages), sizes
         answers = ranks.run(hybrid_model.logits_of, world, model, str(iteration), TOKENS)
         assert all("_extra_state" in key for left, _ in answers for key in left), run
-        for logits in (found for _, found in answers if found is not None):
+        for logits in (output for _, output in answers if output is not None):
             limit = 1e-4 * np.abs(expected).max()
             np.testing.assert_allclose(logits[..., : expected.shape[-1]], expected, atol=limit, rtol=0, err_msg=run)

@@ -64,9 +64,9 @@ def test_the_command_prints_them_and_so_does_json(tmp_path):
         "state        step 3, scheduler, random numbers",
     ):
         assert line in lines
-    found = json.loads(CliRunner().invoke(cli, ["inspect", root, "--json"]).stdout)
-    assert found["versions"] == "0.19 or later"
-    assert found["state"]["optimizer"] == "fully_reshardable"
+    report = json.loads(CliRunner().invoke(cli, ["inspect", root, "--json"]).stdout)
+    assert report["versions"] == "0.19 or later"
+    assert report["state"]["optimizer"] == "fully_reshardable"
 
 
 def test_state_that_cannot_be_read_is_described_by_the_reason(tmp_path):

@@ -34,8 +34,8 @@ def test_megatron_cores_verifier_confirms_every_layout(model_folder, tmp_path, o
 
 def test_every_file_of_the_folder_is_listed_by_relative_path(iteration):
     listed = json.loads((iteration / "integrity.json").read_text())["files"].keys()
-    there = {path.relative_to(iteration).as_posix() for path in iteration.rglob("*") if path.is_file()}
-    assert listed == there - {"integrity.json"}
+    existing = {path.relative_to(iteration).as_posix() for path in iteration.rglob("*") if path.is_file()}
+    assert listed == existing - {"integrity.json"}
     assert {".metadata", "__0_0.distcp", "conversion.json", "huggingface/files/config.json"} <= listed
 
 
@@ -53,16 +53,16 @@ def test_a_flipped_byte_is_found_and_named_by_both(iteration, name):
     flip(iteration / name, at=-100)
     with pytest.raises(CheckpointingException, match=name):
         verify_integrity_manifest(str(iteration))
-    found = check(iteration)
-    assert (found.changed, found.missing, found.unlisted, found.whole) == ([name], [], [], False)
+    result = check(iteration)
+    assert (result.changed, result.missing, result.unlisted, result.whole) == ([name], [], [], False)
 
 
 def test_missing_and_unlisted_files_are_named(iteration):
     (iteration / "train_state.pt").unlink()
     (iteration / "huggingface" / "notes.txt").write_text("x")
-    found = check(iteration.parent)
-    assert (found.changed, found.missing, found.unlisted) == ([], ["train_state.pt"], ["huggingface/notes.txt"])
-    assert not found.whole
+    result = check(iteration.parent)
+    assert (result.changed, result.missing, result.unlisted) == ([], ["train_state.pt"], ["huggingface/notes.txt"])
+    assert not result.whole
 
 
 @pytest.mark.parametrize("document", [
@@ -98,8 +98,8 @@ def test_without_integrity_nothing_is_hashed_and_the_record_says_so(model_folder
     for name, options in (("hashed", {}), ("not", {"integrity": False})):
         hf_to_mcore(model_folder("gqa", dtype="bfloat16"), tmp_path / name / "m", tp=2, pp=2, **options)
         mcore_to_hf(tmp_path / "hashed" / "m", tmp_path / name / "hf", **options)
-    for place in ("m/iter_0000000", "hf"):
-        hashed, plain = (json.loads((tmp_path / name / place / "conversion.json").read_text()) for name in ("hashed", "not"))
+    for folder in ("m/iter_0000000", "hf"):
+        hashed, plain = (json.loads((tmp_path / name / folder / "conversion.json").read_text()) for name in ("hashed", "not"))
         assert len(hashed["blake3"]) > 10
         files = [name for name in hashed["files"] if not name.endswith("/integrity.json")]
         assert plain == {**hashed, "files": files, "blake3": None, "options": {**hashed["options"], "integrity": False}}

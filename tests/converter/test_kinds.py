@@ -69,9 +69,9 @@ def test_an_export_of_zarr_is_that_of_torch_dist(tmp_path, family):
 def test_an_export_of_torch_dcp_is_that_of_its_twin(tmp_path, config):
     for name in ("torch_dcp", "torch_dcp_as_torch_dist"):
         mcore_to_hf(unpacked(name, tmp_path), tmp_path / name / "hf", hf_config=config)
-    one, other = (tmp_path / name / "hf" / "model.safetensors" for name in ("torch_dcp", "torch_dcp_as_torch_dist"))
-    assert one.read_bytes() == other.read_bytes()
-    assert len(load_file(one)) == 21
+    exported, twin = (tmp_path / name / "hf" / "model.safetensors" for name in ("torch_dcp", "torch_dcp_as_torch_dist"))
+    assert exported.read_bytes() == twin.read_bytes()
+    assert len(load_file(exported)) == 21
     assert inspect(unpacked("torch_dcp", tmp_path / "more")).format == "Megatron torch_dcp"
 
 
@@ -115,8 +115,8 @@ def test_weights_that_their_settings_do_not_describe_are_compared_under_megatron
     same = verify(zarr, twin)
     assert same.same
     assert same.tensors == 15
-    for one, two in ((zarr, other), (other, zarr)):
-        compared = verify(one, two)
+    for left, right in ((zarr, other), (other, zarr)):
+        compared = verify(left, right)
         assert len(compared.different) > 0
         assert not compared.only_in_one + compared.only_in_other
     with pytest.raises(UserError) as refused:

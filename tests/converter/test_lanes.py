@@ -16,22 +16,22 @@ things = st.lists(
 def test_a_cut_divides_the_files_as_near_to_half_as_can_be(items):
     sizes, touched = [size for size, _ in items], [files for _, files in items]
 
-    def apart(place):
-        return not set().union(*touched[:place]) & set().union(*touched[place:])
+    def apart(position):
+        return not set().union(*touched[:position]) & set().union(*touched[position:])
 
-    places = [place for place in range(1, len(items)) if apart(place)]
-    found = cut(sizes, touched)
-    assert (found in places) if places else (found is None)
-    if places:
-        distance = {place: abs(sum(sizes[:place]) - sum(sizes) / 2) for place in places}
-        assert distance[found] == min(distance.values())
+    cuts = [position for position in range(1, len(items)) if apart(position)]
+    chosen = cut(sizes, touched)
+    assert (chosen in cuts) if cuts else (chosen is None)
+    if cuts:
+        distance = {position: abs(sum(sizes[:position]) - sum(sizes) / 2) for position in cuts}
+        assert distance[chosen] == min(distance.values())
 
 
 @given(st.lists(st.integers()), st.lists(st.integers()))
-def test_alternating_keeps_both_orders_and_loses_nothing(one, other):
-    found = list(alternately(((0, x) for x in one), ((1, x) for x in other)))
-    assert [x for lane, x in found if lane == 0] == one
-    assert [x for lane, x in found if lane == 1] == other
+def test_alternating_keeps_both_orders_and_loses_nothing(first, second):
+    mixed = list(alternately(((0, x) for x in first), ((1, x) for x in second)))
+    assert [x for lane, x in mixed if lane == 0] == first
+    assert [x for lane, x in mixed if lane == 1] == second
 
 
 def test_lanes_take_turns():

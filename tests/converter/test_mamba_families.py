@@ -99,14 +99,14 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_configuration_means_the_same_after_the_way_there_and_back(name):
     config, expected = PUBLISHED[name]
-    one = families.find(config["model_type"])
-    found = to_megatron(one.CONFIG, config)
-    assert {field: found[field] for field in expected} == expected
-    back = to_huggingface(one.CONFIG, found)
-    assert to_megatron(one.CONFIG, back) == found
-    assert make_model(one.CONFIG, back) == make_model(one.CONFIG, config)
+    family = families.find(config["model_type"])
+    megatron = to_megatron(family.CONFIG, config)
+    assert {field: megatron[field] for field in expected} == expected
+    back = to_huggingface(family.CONFIG, megatron)
+    assert to_megatron(family.CONFIG, back) == megatron
+    assert make_model(family.CONFIG, back) == make_model(family.CONFIG, config)
     for field in ("mamba_norm_epsilon", "time_step_limit", "norm_topk_prob"):
-        assert found.get(field) is None, "which `mbtrain` refuses"
+        assert megatron.get(field) is None, "which `mbtrain` refuses"
 
 
 REFUSED = {
@@ -139,8 +139,8 @@ NOT_TRAINED = [
 ]
 
 
-@pytest.mark.parametrize(("family", "changes", "said"), NOT_TRAINED)
-def test_what_megatron_core_s_layers_do_not_compute_is_converted_with_a_note_and_not_trained(family, changes, said, tmp_path):
+@pytest.mark.parametrize(("family", "changes", "message"), NOT_TRAINED)
+def test_what_megatron_core_s_layers_do_not_compute_is_converted_with_a_note_and_not_trained(family, changes, message, tmp_path):
     from trainer.model import from_hf_config
 
     folder = save_small(family, tmp_path / "hf")
@@ -148,8 +148,8 @@ def test_what_megatron_core_s_layers_do_not_compute_is_converted_with_a_note_and
     (folder / "config.json").write_text(json.dumps(config))
     notes = []
     hf_to_mcore(folder, tmp_path / "m", reporter=Reporter(notes.append))
-    assert [bool(re.match(f"{said}, with which", note)) for note in notes if "`mbtrain` refuses the model" in note] == [True]
-    with pytest.raises(UserError, match=f"{said.replace(' is', '')} cannot be trained"):
+    assert [bool(re.match(f"{message}, with which", note)) for note in notes if "`mbtrain` refuses the model" in note] == [True]
+    with pytest.raises(UserError, match=f"{message.replace(' is', '')} cannot be trained"):
         from_hf_config(config)
 
 
@@ -206,9 +206,9 @@ def test_a_checkpoint_without_config_json_comes_back_by_its_settings(family, tmp
     assert notes[0] == "`config.json` is rebuilt from `run_config.yaml`"
     assert not [text for text in notes if "not known" in text]
     fields = families.find(family).CONFIG
-    before, after = (to_megatron(fields, json.loads((one / "config.json").read_text())) for one in (folder, tmp_path / "back"))
+    before, after = (to_megatron(fields, json.loads((path / "config.json").read_text())) for path in (folder, tmp_path / "back"))
     assert after == before
-    weights = [load_file(one / "model.safetensors") for one in (folder, tmp_path / "back")]
+    weights = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "back")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

@@ -31,17 +31,17 @@ def written(golden, tmp_path):
 
 
 def test_masters_that_round_to_their_weights_are_right(written):
-    found = check(written("right"))
-    assert (found.whole, found.masters, found.wrong_masters, found.without_masters) == (True, 15, [], [])
+    result = check(written("right"))
+    assert (result.whole, result.masters, result.wrong_masters, result.without_masters) == (True, 15, [], [])
 
 
 def test_shifted_state_is_found_and_weights_are_named_by_layer(written):
-    found = check(written("shifted"))
-    assert not found.whole
-    assert found.masters == 15
-    assert len(found.wrong_masters) == 11
-    assert found.wrong_masters[0] == "embedding.word_embeddings.weight"
-    assert "decoder.final_layernorm.weight" not in found.wrong_masters
+    result = check(written("shifted"))
+    assert not result.whole
+    assert result.masters == 15
+    assert len(result.wrong_masters) == 11
+    assert result.wrong_masters[0] == "embedding.word_embeddings.weight"
+    assert "decoder.final_layernorm.weight" not in result.wrong_masters
 
 
 @pytest.mark.parametrize("count", [8, 100])
@@ -72,26 +72,26 @@ def test_the_command_answers_in_json_too(written):
 
 
 def test_state_by_buckets_is_compared(written):
-    found = check(written("by_buckets"))
-    assert (found.masters, found.wrong_masters, found.without_masters) == (15, [], [])
+    result = check(written("by_buckets"))
+    assert (result.masters, result.wrong_masters, result.without_masters) == (15, [], [])
 
 
 def test_state_that_cannot_be_read_is_not_compared_and_that_is_said(written):
     root = written("by_buckets")
     metadata = root / "iter_0000003" / ".metadata"
     index = pickle.loads(metadata.read_bytes())
-    index.state_dict_metadata = {name: one for name, one in index.state_dict_metadata.items() if ".bucket_idx_0." not in name}
+    index.state_dict_metadata = {name: entry for name, entry in index.state_dict_metadata.items() if ".bucket_idx_0." not in name}
     metadata.write_bytes(pickle.dumps(index))
     with pytest.raises(UserError, match=r"has no `integrity\.json`"):
         check(root)
     save_integrity_manifest(str(root / "iter_0000003"))
-    found = check(root)
-    assert (found.whole, found.masters) == (True, 0)
-    assert len(found.without_masters) == 1
-    assert found.without_masters[0].startswith(
+    result = check(root)
+    assert (result.whole, result.masters) == (True, 0)
+    assert len(result.without_masters) == 1
+    assert result.without_masters[0].startswith(
         "15 weights: `optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, "
     )
-    assert "has no bucket 0 of the optimizer state" in found.without_masters[0]
+    assert "has no bucket 0 of the optimizer state" in result.without_masters[0]
 
 
 def test_a_damaged_file_is_named_before_anything_is_compared(written):
@@ -101,8 +101,8 @@ def test_a_damaged_file_is_named_before_anything_is_compared(written):
     data = bytearray(damaged.read_bytes())
     data[1000] ^= 1
     damaged.write_bytes(data)
-    found = check(root)
-    assert (found.changed, found.masters) == (["__0_0.distcp"], 0)
+    result = check(root)
+    assert (result.changed, result.masters) == (["__0_0.distcp"], 0)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -32,9 +32,9 @@ def check(ranks, shape, converted, folder):
     assert all("_extra_state" in key for left, _ in answers for key in left)
     expected = expected_logits(folder)
     assert np.ptp(expected) > 4, "a test of small logits proves little"
-    found = [logits for _, logits in answers if logits is not None]
-    assert found
-    for logits in found:
+    outputs = [logits for _, logits in answers if logits is not None]
+    assert outputs
+    for logits in outputs:
         np.testing.assert_allclose(logits[..., : expected.shape[-1]], expected, atol=1e-4, rtol=0)
 
 

@@ -87,7 +87,7 @@ def test_defaults_of_megatron_lm_are_neutral_and_none_of_its_models_settings_is_
     assert len(megatron_lm) > 700
     assert not list(find_unsupported(megatron_lm, only_model_words=True))
     on = dict.fromkeys(megatron_lm, "something")
-    assert not [one.name for one in find_unsupported(on, only_model_words=True) if not one.known]
+    assert not [setting.name for setting in find_unsupported(on, only_model_words=True) if not setting.known]
 
 
 def test_a_run_config_of_megatron_bridge_holds_nothing_foreign():

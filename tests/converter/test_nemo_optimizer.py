@@ -56,8 +56,8 @@ def rename_keys(weights: Path, root: str) -> None:
         return
     index = pickle.loads((weights / ".metadata").read_bytes())
     index.state_dict_metadata = {rooted(name, root): entry for name, entry in index.state_dict_metadata.items()}
-    places = index.storage_data.items()
-    index.storage_data = {dataclasses.replace(place, fqn=rooted(place.fqn, root)): info for place, info in places}
+    stored = index.storage_data.items()
+    index.storage_data = {dataclasses.replace(key, fqn=rooted(key.fqn, root)): info for key, info in stored}
     index.mcore_data = {rooted(name, root): entry for name, entry in index.mcore_data.items()}
     (weights / ".metadata").write_bytes(pickle.dumps(index))
 

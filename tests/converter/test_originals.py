@@ -35,9 +35,9 @@ def with_norms(saved, folder, make):
 
 def random_bits(layer):
     """24 numbers of bf16 of any size and sign: not-a-numbers, infinities and the smallest among them."""
-    found = np.random.default_rng(layer).integers(0, 2**16, 24, np.uint16)
-    found[:8] = (0x0001, 0x8001, 0x8000, 0x0000, 0x7F80, 0xFF80, 0x7FC1, 0x0080)
-    return torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
+    bits = np.random.default_rng(layer).integers(0, 2**16, 24, np.uint16)
+    bits[:8] = (0x0001, 0x8001, 0x8000, 0x0000, 0x7F80, 0xFF80, 0x7FC1, 0x0080)
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2, "ep": 2, "etp": 1}], ids=["one rank", "more ranks"])
@@ -67,14 +67,14 @@ def test_numbers_that_were_trained_are_computed_and_the_others_are_the_original_
     other[5:] = 0.5
     save_file({name: other.clone() for name in travelled}, extras)
     mcore_to_hf(tmp_path / "m", tmp_path / "back")
-    found = load_file(tmp_path / "back" / "model.safetensors")[NORM.format(0)]
-    assert torch.equal(found[:5], before[:5])
-    assert (found[5:] == 0.30078125).all()
+    exported = load_file(tmp_path / "back" / "model.safetensors")[NORM.format(0)]
+    assert torch.equal(exported[:5], before[:5])
+    assert (exported[5:] == 0.30078125).all()
 
 
 def test_what_travelled_of_another_shape_is_refused(saved, tmp_path):
     hf_to_mcore(saved, tmp_path / "m")
     extras = tmp_path / "m" / "iter_0000000" / "huggingface" / "extras.safetensors"
-    save_file({name: one[:8].clone() for name, one in load_file(extras).items()}, extras)
+    save_file({name: tensor[:8].clone() for name, tensor in load_file(extras).items()}, extras)
     with pytest.raises(UserError, match=r"as_stored` has the shape \[8\], and .* \[24\]"):
         mcore_to_hf(tmp_path / "m", tmp_path / "back")

@@ -116,11 +116,11 @@ READ = {"FP8 with a scale for each block", "MXFP4"}
 @pytest.mark.parametrize("name", sorted(QUANTIZED.keys() - READ))
 def test_quantized_weights_are_said_to_be_with_their_method_and_the_way_out(plain, tmp_path, name):
     method, made = QUANTIZED[name]
-    told = {"quantization_config": {"quant_method": method}} if method else {"quantization": {"group_size": 64, "bits": 4}}
-    rewrite(plain, parts(**made), **told)
-    said = message(hf_to_mcore, plain, tmp_path)
-    assert said.startswith(f"`{plain}` is quantized ({method or 'MLX'}): ")
-    assert "hint: convert the original weights (bf16), from which it was made; or dequantize it first" in said
+    settings = {"quantization_config": {"quant_method": method}} if method else {"quantization": {"group_size": 64, "bits": 4}}
+    rewrite(plain, parts(**made), **settings)
+    text = message(hf_to_mcore, plain, tmp_path)
+    assert text.startswith(f"`{plain}` is quantized ({method or 'MLX'}): ")
+    assert "hint: convert the original weights (bf16), from which it was made; or dequantize it first" in text
 
 
 @pytest.mark.parametrize(
@@ -183,12 +183,12 @@ RENAMED = {
 @pytest.mark.parametrize("name", RENAMED)
 def test_names_with_other_prefixes_are_told_and_the_hint_mends_them(plain, model_folder, tmp_path, name):
     renamed, cause = RENAMED[name]
-    rewrite(plain, lambda tensors: {renamed(one): value for one, value in tensors.items()})
-    said = message(hf_to_mcore, plain, tmp_path)
-    problem, _, hint = said.partition("\n\nhint: ")
-    there = re.match(rf"`{re.escape(str(plain))}` holds `(.*?)`, which `config.json` calls `(.*?)`: ", problem)
-    assert there
-    assert renamed(there[2]) == there[1]
+    rewrite(plain, lambda tensors: {renamed(old): value for old, value in tensors.items()})
+    text = message(hf_to_mcore, plain, tmp_path)
+    problem, _, hint = text.partition("\n\nhint: ")
+    match = re.match(rf"`{re.escape(str(plain))}` holds `(.*?)`, which `config.json` calls `(.*?)`: ", problem)
+    assert match
+    assert renamed(match[2]) == match[1]
     assert cause in problem
     exec(hint.partition("`f`: `")[2].partition("` of")[0], {**vars(safetensors_torch), "f": str(plain / SINGLE)})
     assert verify(plain, model_folder("gqa")).same
@@ -197,12 +197,12 @@ def test_names_with_other_prefixes_are_told_and_the_hint_mends_them(plain, model
 def test_an_automodels_save_is_told_to_have_no_head(plain, tmp_path):
     bare = {name: value for name, value in load_file(plain / SINGLE).items() if name != "lm_head.weight"}
     rewrite(plain, lambda _: {name.removeprefix("model."): value for name, value in bare.items()})
-    said = message(hf_to_mcore, plain, tmp_path)
-    assert "saved from `AutoModel`, without the prefix `model.` and without a head" in said
-    assert "AutoModelForCausalLM.from_pretrained(BASE)" in said
+    text = message(hf_to_mcore, plain, tmp_path)
+    assert "saved from `AutoModel`, without the prefix `model.` and without a head" in text
+    assert "AutoModelForCausalLM.from_pretrained(BASE)" in text
     rewrite(plain, lambda _: bare)
-    said = message(hf_to_mcore, plain, tmp_path)
-    assert said.startswith(
+    text = message(hf_to_mcore, plain, tmp_path)
+    assert text.startswith(
         f"`{plain}` has no head of a language model (`lm_head.weight`)\n\nhint: if it is tied to the embedding"
     )
 
@@ -213,8 +213,8 @@ def test_an_automodels_save_is_told_to_have_no_head(plain, tmp_path):
 def test_another_head_is_named(plain, tmp_path, head):
     whole = load_file(plain / SINGLE)
     rewrite(plain, lambda _: {**whole, head: np.ones((1, 64), "float32")})
-    said = message(hf_to_mcore, plain, tmp_path)
-    assert f"holds `{head}` beside the language model: a head for classification, rewards or values" in said
+    text = message(hf_to_mcore, plain, tmp_path)
+    assert f"holds `{head}` beside the language model: a head for classification, rewards or values" in text
     del whole["lm_head.weight"]
     rewrite(plain, lambda _: {**whole, head: np.ones((1, 64), "float32")})
     assert f"has no head of a language model (`lm_head.weight`), but `{head}`: a head for" in message(
@@ -238,16 +238,16 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_names_of_other_programs_are_told(plain, tmp_path, name):
     rewrite(plain, lambda tensors: {**tensors, name: np.ones((2, 2), "float32")})
-    said = message(hf_to_mcore, plain, tmp_path)
-    assert f"holds `{name}`: {OTHERS[name]}" in said
-    assert "hint: " in said
+    text = message(hf_to_mcore, plain, tmp_path)
+    assert f"holds `{name}`: {OTHERS[name]}" in text
+    assert "hint: " in text
 
 
 def test_what_is_lacking_and_what_is_there_instead_are_both_named(plain, tmp_path):
     rewrite(plain, lambda tensors: {name.replace("up_proj", "w3"): value for name, value in tensors.items()})
-    said = message(hf_to_mcore, plain, tmp_path)
-    assert said.startswith("the source lacks `model.layers.0.mlp.up_proj.weight`, ")
-    assert "and 1 more; it holds `model.layers.0.mlp.w3.weight`, `model.layers.1.mlp.w3.weight`, " in said
+    text = message(hf_to_mcore, plain, tmp_path)
+    assert text.startswith("the source lacks `model.layers.0.mlp.up_proj.weight`, ")
+    assert "and 1 more; it holds `model.layers.0.mlp.w3.weight`, `model.layers.1.mlp.w3.weight`, " in text
 
 
 def test_mistrals_own_file_alone_is_told(plain, tmp_path):
@@ -259,9 +259,9 @@ def test_mistrals_own_file_alone_is_told(plain, tmp_path):
 def test_of_mistrals_repository_without_an_index_the_numbered_files_are_converted(source, model_folder, tmp_path):
     (source / "model.safetensors.index.json").unlink()
     save_file({"tok_embeddings.weight": np.ones((2, 2), "float32")}, source / "consolidated.safetensors")
-    said = []
-    hf_to_mcore(source, tmp_path / "m", reporter=Reporter(said.append))
-    assert said == ["left out, not part of the model: consolidated.safetensors"]
+    notes = []
+    hf_to_mcore(source, tmp_path / "m", reporter=Reporter(notes.append))
+    assert notes == ["left out, not part of the model: consolidated.safetensors"]
     mcore_to_hf(tmp_path / "m", tmp_path / "back")
     expected = {name: data for name, data in model_tree(source).items() if name != "consolidated.safetensors"}
     assert {name: data for name, data in model_tree(tmp_path / "back").items() if not name.endswith("index.json")} == expected
@@ -359,7 +359,7 @@ def test_the_dtypes_that_safetensors_has_are_read_as_it_writes_them(tmp_path, dt
 
 def test_a_dtype_that_is_not_converted_is_refused_by_name(plain, tmp_path):
     rewrite(plain, lambda tensors: {**tensors, "model.norm.weight": np.ones(64, "complex64")})
-    said = message(hf_to_mcore, plain, tmp_path)
-    assert said.startswith(
+    text = message(hf_to_mcore, plain, tmp_path)
+    assert text.startswith(
         "`model.norm.weight` is complex64, which cannot be converted\n\nhint: those that can be are bf16, fp16"
     )

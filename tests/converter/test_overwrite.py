@@ -190,11 +190,11 @@ MEANWHILE = {
 
 @pytest.mark.parametrize("what", MEANWHILE)
 def test_what_comes_to_dst_while_a_conversion_runs_is_not_lost(commands, made, output, tmp_path, what):
-    (act, said), target = MEANWHILE[what], output("export")
+    (act, message), target = MEANWHILE[what], output("export")
     with pytest.raises(TransientError) as caught:
         commands["export"](target, overwrite=True, reporter=meanwhile(lambda: act(target)))
     assert str(caught.value).startswith(
-        f"`{target}` changed while its replacement was being made: {said}\n\nhint: move away what"
+        f"`{target}` changed while its replacement was being made: {message}\n\nhint: move away what"
     )
     shutil.move(target, tmp_path / "moved")
     changed = {name: data for name, data in tree(tmp_path / "moved").items() if tree(made / "export").get(name) != data}

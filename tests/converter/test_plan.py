@@ -65,10 +65,10 @@ def numbered(specs):
 def test_there_and_back_is_the_identity_whatever_the_pieces(model, one_limit, other_limit):
     specs = source(model)
     values = numbered(specs)
-    there = to_megatron(llama.RULES, (), model, specs, dtype="keep")
-    megatron = carried_out(there.tensors, values, one_limit)
-    assert all(np.array_equal(array, megatron[name]) for name, array in carried_out(there.tensors, values, other_limit).items())
-    stored = {tensor_plan.spec.name: tensor_plan.spec for tensor_plan in there.tensors}
+    plan = to_megatron(llama.RULES, (), model, specs, dtype="keep")
+    megatron = carried_out(plan.tensors, values, one_limit)
+    assert all(np.array_equal(array, megatron[name]) for name, array in carried_out(plan.tensors, values, other_limit).items())
+    stored = {tensor_plan.spec.name: tensor_plan.spec for tensor_plan in plan.tensors}
     back = carried_out(to_huggingface(llama.RULES, model, stored, dtype="keep").tensors, megatron, other_limit)
     assert back.keys() == values.keys()
     assert all(np.array_equal(back[name], values[name]) for name in values)
@@ -77,26 +77,26 @@ def test_there_and_back_is_the_identity_whatever_the_pieces(model, one_limit, ot
 @given(models())
 def test_every_source_row_goes_to_one_place_and_every_target_row_comes_from_one(model):
     specs = source(model)
-    there = to_megatron(llama.RULES, (), model, specs, dtype="keep")
-    taken = Counter((c.source, row) for m in there.tensors for c in m.copies for row in range(c.src_row, c.src_row + c.rows))
+    plan = to_megatron(llama.RULES, (), model, specs, dtype="keep")
+    taken = Counter((c.source, row) for m in plan.tensors for c in m.copies for row in range(c.src_row, c.src_row + c.rows))
     assert taken == Counter((spec.name, row) for spec in specs.values() for row in range(spec.shape[0]))
-    for tensor_plan in there.tensors:
+    for tensor_plan in plan.tensors:
         filled = [row for copy in tensor_plan.copies for row in range(copy.dst_row, copy.dst_row + copy.rows)]
         padded = (
             model.vocab if tensor_plan.spec.shape[0] == model.padded_vocab and "layers" not in tensor_plan.spec.name else None
         )
         assert filled == list(range(len(filled)))
         assert len(filled) in (tensor_plan.spec.shape[0], padded, 0)
-        assert bool(filled) == (tensor_plan.spec.name not in there.zero)
+        assert bool(filled) == (tensor_plan.spec.name not in plan.zero)
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_the_rows_of_query_key_and_value_is_refused():
     model = Model(layers=1, hidden=1, heads=3, groups=1, head_dim=1, ffn=3, vocab=1, padded_vocab=3, tied=True)
     with pytest.raises(
         UserError, match="size 3 does not divide the 5 rows of the model's query, key and value projection"
-    ) as found:
+    ) as error:
         make_layout(model, tp=3, pp=1, vpp=1, pp_layout=None)
-    assert found.value.hint == "megatron-core takes 1 or a multiple of 1 that divides them"
+    assert error.value.hint == "megatron-core takes 1 or a multiple of 1 that divides them"
 
 
 @given(models(), st.data())

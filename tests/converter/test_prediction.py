@@ -47,11 +47,15 @@ def test_megatron_core_s_compute_what_transformers_computes(saved, ranks, tmp_pa
         world = settings.get(TP, 1) * settings.get(PP, 1)
         answers = ranks.run(prediction_models.logits_of, world, config, settings, iteration, TOKENS)
         assert all("_extra_state" in key for left, _ in answers for key in left), name
-        logits = next(found for _, found in answers if found is not None)
-        for layer, one in enumerate(expected):
-            read = slice(0, one.shape[1] - layer)  # what follows the last tokens is made up
+        logits = next(output for _, output in answers if output is not None)
+        for layer, reference in enumerate(expected):
+            read = slice(0, reference.shape[1] - layer)  # what follows the last tokens is made up
             np.testing.assert_allclose(
-                logits[layer, :, read, : one.shape[-1]], one[:, read], atol=1e-4 * np.abs(one).max(), rtol=0, err_msg=name
+                logits[layer, :, read, : reference.shape[-1]],
+                reference[:, read],
+                atol=1e-4 * np.abs(reference).max(),
+                rtol=0,
+                err_msg=name,
             )
 
 
@@ -61,14 +65,14 @@ def test_layers_that_config_json_does_not_name_travel_and_are_noted(saved, tmp_p
     notes: list[str] = []
     hf_to_mcore(folder, tmp_path / "m", tp=2, reporter=Reporter(notes.append))
     layer = sum(name.startswith("model.layers.5.") for name in tensors_of(folder))
-    said = f"{(2 - configured) * layer} tensors of layers of multi-token prediction pass through untouched"
-    assert any(said in note and f"`{prediction.FIELD}` is `{configured}`" in note for note in notes), notes
+    message = f"{(2 - configured) * layer} tensors of layers of multi-token prediction pass through untouched"
+    assert any(message in note and f"`{prediction.FIELD}` is `{configured}`" in note for note in notes), notes
     assert verify(folder, tmp_path / "m").same
     mcore_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
     assert model_tree(tmp_path / "back") == model_tree(folder)
     plan = plan_of(HuggingFaceReader(LocalFolder(folder)))
     assert len(plan.extras) == (2 - configured) * layer
-    assert any(one.spec.name.startswith("mtp.") for one in plan.tensors) == bool(configured)
+    assert any(tensor.spec.name.startswith("mtp.") for tensor in plan.tensors) == bool(configured)
 
 
 def test_a_config_json_without_the_field_names_none(saved, tmp_path):
@@ -87,7 +91,7 @@ def test_layers_without_copies_of_the_model_s_own_come_back_without(tmp_path):
 
 def test_layers_that_config_json_names_and_files_lack_are_named(saved, tmp_path):
     without = {
-        name: one for name, one in tensors_of(saved).items() if not name.startswith(("model.layers.4.", "model.layers.5."))
+        name: tensor for name, tensor in tensors_of(saved).items() if not name.startswith(("model.layers.4.", "model.layers.5."))
     }
     folder = changed(saved, tmp_path / "hf", {}, without)
     with pytest.raises(
@@ -152,6 +156,6 @@ def changed(saved, folder, fields, tensors=None):
     """The same model with other fields in `config.json` (None: without), and other tensors."""
     folder.mkdir()
     config = json.loads((saved / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps({name: one for name, one in config.items() if one is not None}))
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
     save_file(tensors_of(saved) if tensors is None else tensors, folder / "model.safetensors", {"format": "pt"})
     return folder

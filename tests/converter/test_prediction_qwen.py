@@ -24,12 +24,12 @@ AROUND = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_p
 
 def published(further):
     """The tensors of the layer under their published names."""
-    found = {}
+    tensors = {}
     for name, tensor in further.layers[0].state_dict().items():
         head, _, rest = name.partition(".")
         own = f"mtp.{AROUND[head]}.{rest}" if head in AROUND else f"mtp.layers.0.{rest}"
-        found |= prediction._separate(own, tensor)
-    return {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
+        tensors |= prediction._separate(own, tensor)
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="module", params=FIELDS)
@@ -65,11 +65,11 @@ def test_megatron_core_s_computes_what_transformers_computes(made, ranks, tmp_pa
     for settings in ({}, {TP: 2, PP: 2}):
         answers = ranks.run(prediction_models.logits_of, 4 if settings else 1, config, settings, iteration, TOKENS)
         assert all("_extra_state" in key for left, _ in answers for key in left)
-        logits = next(found for _, found in answers if found is not None)
-        for layer, one in enumerate(expected):
-            read = slice(0, one.shape[1] - layer)  # what follows the last tokens is made up
+        logits = next(output for _, output in answers if output is not None)
+        for layer, reference in enumerate(expected):
+            read = slice(0, reference.shape[1] - layer)  # what follows the last tokens is made up
             np.testing.assert_allclose(
-                logits[layer, :, read, : one.shape[-1]], one[:, read], atol=1e-4 * np.abs(one).max(), rtol=0
+                logits[layer, :, read, : reference.shape[-1]], reference[:, read], atol=1e-4 * np.abs(reference).max(), rtol=0
             )
 
 
@@ -99,8 +99,8 @@ def test_qwen_3_5_s_files_may_have_a_tensor_of_all_experts(tmp_path, alike):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["mtp_num_hidden_layers"] = 1
     configured(folder, config)
-    one = families.find("qwen3_5_moe")
-    tensors, model = load_file(folder / "model.safetensors"), make_model(one.CONFIG, config)
+    family = families.find("qwen3_5_moe")
+    tensors, model = load_file(folder / "model.safetensors"), make_model(family.CONFIG, config)
     layer = {
         name.replace("model.language_model.layers.1.", "mtp.layers.0."): tensor.clone()
         for name, tensor in tensors.items()
@@ -120,7 +120,7 @@ def test_qwen_3_5_s_files_may_have_a_tensor_of_all_experts(tmp_path, alike):
 
 def stacked(tensors):
     """The tensors with one of all experts in the place of those of single ones."""
-    rest = {name: one for name, one in tensors.items() if ".experts." not in name}
+    rest = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     for start in sorted({name.partition(".experts.")[0] for name in tensors.keys() - rest.keys()}):
         experts = range(sum(name.startswith(f"{start}.experts.") for name in tensors) // 3)
         gate, up, down = (

@@ -68,7 +68,7 @@ def test_the_source_is_told_by_its_name_and_the_hashes_of_its_headers(model_fold
     mcore_to_hf(tmp_path / "megatron", tmp_path / "back")
     source, iteration = record(tmp_path / "back")["source"], tmp_path / "megatron" / "iter_0000000"
     assert (source["name"], source["iteration"]) == ("megatron", "iter_0000000")
-    assert {name: told["sha256"] for name, told in source["files"].items()} == {
+    assert {name: entry["sha256"] for name, entry in source["files"].items()} == {
         name: sha256((iteration / name).read_bytes()).hexdigest() for name in (".metadata", "__0_0.distcp", "__1_0.distcp")
     }
 
@@ -92,14 +92,14 @@ def test_a_source_of_the_hub_is_told_by_id_revision_and_sha256(model_folder, tmp
 def test_options_and_counts_are_told_and_no_time_path_host_or_workers(model_folder, tmp_path):
     folder = model_folder("attention_bias", dtype="bfloat16")
     hf_to_mcore(folder, tmp_path / "m", tp=2, pp=2, pp_layout=[3, 1], workers=3, verify=True)
-    told = record(tmp_path / "m")
-    assert told["options"] == {
+    conversion = record(tmp_path / "m")
+    assert conversion["options"] == {
         "layout": "gpt", "tp": 2, "pp": 2, "vpp": 1, "layers": [3, 1], "dtype": "keep", "vocab_divisible_by": 128,
         "integrity": True,
     }  # fmt: skip
-    assert told["tensors"] == {"in": 55, "out": 43}
-    assert len(told["zero_filled"]) == 8
-    text = json.dumps(told)
+    assert conversion["tensors"] == {"in": 55, "out": 43}
+    assert len(conversion["zero_filled"]) == 8
+    text = json.dumps(conversion)
     assert str(tmp_path) not in text
     assert str(folder.parent) not in text
     assert socket.gethostname() not in text

@@ -17,9 +17,9 @@ def read(family, **config):
 
 
 def test_exaone_s_own_names_are_read_and_written_beside_llama_s():
-    found = read("exaone", num_layers=4, layer_norm_epsilon=1e-3, activation_function="silu")
-    assert (found["num_layers"], found["layernorm_epsilon"]) == (4, 1e-3)
-    back = to_huggingface(families.find("exaone").CONFIG, found)
+    megatron = read("exaone", num_layers=4, layer_norm_epsilon=1e-3, activation_function="silu")
+    assert (megatron["num_layers"], megatron["layernorm_epsilon"]) == (4, 1e-3)
+    back = to_huggingface(families.find("exaone").CONFIG, megatron)
     assert (back["num_layers"], back["num_hidden_layers"], back["layer_norm_epsilon"], back["rms_norm_eps"]) == (4, 4, 1e-3, 1e-3)
     with pytest.raises(UserError, match="two things: `num_layers` is `4`, `num_hidden_layers` is `3`"):
         read("exaone", num_layers=4, num_hidden_layers=3)
@@ -46,8 +46,8 @@ def test_ministral_3_s_queries_grow_as_in_every_model_of_it():
 
 def test_bloom_is_published_under_other_names():
     names = {"n_embed": 64, "num_attention_heads": 4, "n_layer": 4, "n_inner": None}
-    found = to_megatron(families.find("bloom").CONFIG, {"vocab_size": 384, **names})
-    assert [found[name] for name in ("hidden_size", "num_attention_heads", "num_layers")] == [64, 4, 4]
+    megatron = to_megatron(families.find("bloom").CONFIG, {"vocab_size": 384, **names})
+    assert [megatron[name] for name in ("hidden_size", "num_attention_heads", "num_layers")] == [64, 4, 4]
     assert make_model(families.find("bloom").CONFIG, {"vocab_size": 384, **names}).ffn == 256
     with pytest.raises(UserError, match="two things: `n_embed` is `64`, `hidden_size` is `32`"):
         to_megatron(families.find("bloom").CONFIG, {"vocab_size": 384, **names, "hidden_size": 32})
@@ -58,11 +58,11 @@ def test_hunyuan_s_alpha_enlarges_the_base_of_rotary_embeddings():
     from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding as Rotary
 
     scaling = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0}
-    found = read("hunyuan_v1_dense", **LAYERS, head_dim=128, rope_theta=10000.0, rope_scaling=scaling)
+    megatron = read("hunyuan_v1_dense", **LAYERS, head_dim=128, rope_theta=10000.0, rope_scaling=scaling)
     theirs = Rotary(HunYuanDenseV1Config(head_dim=128, rope_theta=10000.0, rope_scaling=dict(scaling))).inv_freq
-    ours = [found["rotary_base"] ** (-2 * channel / 128) for channel in range(64)]
+    ours = [megatron["rotary_base"] ** (-2 * channel / 128) for channel in range(64)]
     assert theirs.tolist() == pytest.approx(ours, rel=1e-6)
-    assert (found["position_embedding_type"], found["rope_scaling"]) == ("rope", False)
+    assert (megatron["position_embedding_type"], megatron["rope_scaling"]) == ("rope", False)
     with pytest.raises(UserError, match="rope type `dynamic`"):
         read("hunyuan_v1_dense", **LAYERS, rope_scaling={"type": "dynamic", "factor": 2.0})
 
@@ -70,8 +70,8 @@ def test_hunyuan_s_alpha_enlarges_the_base_of_rotary_embeddings():
 @pytest.mark.parametrize("family", ["mistral", "ministral"])
 def test_mistral_s_rotary_embeddings_may_be_scaled(family):
     scaling = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192, "finetuned": True}
-    found = read(family, **LAYERS, rope_theta=10000.0, rope_scaling=scaling)
-    assert (found["position_embedding_type"], found["yarn_rotary_scaling_factor"]) == ("yarn", 16.0)
+    megatron = read(family, **LAYERS, rope_theta=10000.0, rope_scaling=scaling)
+    assert (megatron["position_embedding_type"], megatron["yarn_rotary_scaling_factor"]) == ("yarn", 16.0)
 
 
 def test_galactica_is_opt_with_gelu():
@@ -85,14 +85,16 @@ def test_layer_types_win_over_the_pattern_that_transformers_never_reads():
     saved = Gemma3TextConfig(**SIZES, **LAYERS, layer_types=types).to_dict()
     assert saved["_sliding_window_pattern"] == 6
     assert read("gemma3_text", **saved)["window_attn_skip_freq"] == [1, 0, 1, 0]
-    found = read("gemma3_text", **LAYERS, _sliding_window_pattern=2)
-    assert found["window_attn_skip_freq"] is None, "as transformers, which reads `sliding_window_pattern` alone: all four slide"
+    megatron = read("gemma3_text", **LAYERS, _sliding_window_pattern=2)
+    assert megatron["window_attn_skip_freq"] is None, (
+        "as transformers, which reads `sliding_window_pattern` alone: all four slide"
+    )
 
 
 def test_layer_types_need_no_pattern():
     types = ["sliding_attention", "full_attention"] * 2
-    found = read("exaone4", **LAYERS, sliding_window=8, sliding_window_pattern=None, layer_types=types)
-    assert found["window_attn_skip_freq"] == [1, 0, 1, 0]
+    megatron = read("exaone4", **LAYERS, sliding_window=8, sliding_window_pattern=None, layer_types=types)
+    assert megatron["window_attn_skip_freq"] == [1, 0, 1, 0]
 
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
@@ -135,12 +137,12 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_deepseek_s_published_configurations_mean_what_their_models_compute(name):
     family, fields, expected = PUBLISHED[name]
-    one = families.find(family)
-    found = to_megatron(one.CONFIG, {**DEEPSEEK, **fields})
-    assert {field: found[field] for field in expected} == expected
-    assert to_megatron(one.CONFIG, {**DEEPSEEK, **to_huggingface(one.CONFIG, found)}) == found
-    assert found["norm_topk_prob"] is None, "`mbtrain` computes it"
-    assert make_model(one.CONFIG, {**DEEPSEEK, **fields}).get("mtp", 0) == fields.get("num_nextn_predict_layers", 0)
+    definition = families.find(family)
+    megatron = to_megatron(definition.CONFIG, {**DEEPSEEK, **fields})
+    assert {field: megatron[field] for field in expected} == expected
+    assert to_megatron(definition.CONFIG, {**DEEPSEEK, **to_huggingface(definition.CONFIG, megatron)}) == megatron
+    assert megatron["norm_topk_prob"] is None, "`mbtrain` computes it"
+    assert make_model(definition.CONFIG, {**DEEPSEEK, **fields}).get("mtp", 0) == fields.get("num_nextn_predict_layers", 0)
 
 
 NEXT = {
@@ -188,9 +190,9 @@ EACH_FOURTH = {"linear_attention_freq": [1, 1, 1, 0], "rotary_percent": 0.25, "r
     ],
 )
 def test_every_fourth_layer_of_published_delta_nets_has_attention(family, config, repeated, expected):
-    found = to_megatron(families.find(family).CONFIG, config)
+    megatron = to_megatron(families.find(family).CONFIG, config)
     expected = {**EACH_FOURTH, **expected, "linear_attention_freq": EACH_FOURTH["linear_attention_freq"] * repeated}
-    assert {name: found[name] for name in expected} == expected
+    assert {name: megatron[name] for name in expected} == expected
     model = make_model(families.find(family).CONFIG, config)
     assert (model.l_keys, model.l_values, model.gated_queries) == (2048, 128 * model.linear_heads, 2 * model.heads * 256)
-    assert to_megatron(families.find(family).CONFIG, to_huggingface(families.find(family).CONFIG, found)) == found
+    assert to_megatron(families.find(family).CONFIG, to_huggingface(families.find(family).CONFIG, megatron)) == megatron

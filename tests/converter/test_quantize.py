@@ -44,8 +44,8 @@ def settings(folder):
 
 
 def errors(notes):
-    (said,) = [text for text in notes if text.startswith("quantizing changed")]
-    return [float(number) / 100 for number in re.findall(r"([\d.]+)%", said)]
+    (note,) = [text for text in notes if text.startswith("quantizing changed")]
+    return [float(number) / 100 for number in re.findall(r"([\d.]+)%", note)]
 
 
 @pytest.mark.parametrize("family", FP8_BLOCKS)

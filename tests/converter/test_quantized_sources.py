@@ -104,12 +104,12 @@ def test_a_cast_comes_after(source, tmp_path, dtype):
 def test_a_model_of_one_fp16_scale_is_fp16(plain, tmp_path):
     source = quantize(plain("llama"), tmp_path / "q", "rows")
     stored = load_file(source / FILE)
-    halves = {name: one.half() if one.dtype != torch.float8_e4m3fn else one for name, one in stored.items()}
+    halves = {name: tensor.half() if tensor.dtype != torch.float8_e4m3fn else tensor for name, tensor in stored.items()}
     save_file(halves, source / FILE)
     hf_to_mcore(source, tmp_path / "m")
     meant = {
-        name: (one.float() * halves[f"{name}_scale"].float()).half() if f"{name}_scale" in halves else one
-        for name, one in halves.items()
+        name: (tensor.float() * halves[f"{name}_scale"].float()).half() if f"{name}_scale" in halves else tensor
+        for name, tensor in halves.items()
         if not name.endswith("_scale")
     }
     save_file(meant, plain_of(source) / FILE)
@@ -278,9 +278,9 @@ def test_weights_that_are_quantized_unsaid_are_refused_with_what_to_do(source, t
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
     (source / "config.json").write_text(json.dumps(config))
-    said = problem(source, tmp_path)
-    assert said.startswith(f"`{source}` is quantized (FP8 with a scale for each block): it holds `")
-    assert "hint: `config.json` does not say so: with the `quantization_config` that the model was published with" in said
+    message = problem(source, tmp_path)
+    assert message.startswith(f"`{source}` is quantized (FP8 with a scale for each block): it holds `")
+    assert "hint: `config.json` does not say so: with the `quantization_config` that the model was published with" in message
 
 
 def test_a_killed_run_is_resumed(source, tmp_path, monkeypatch):
@@ -314,9 +314,9 @@ GROUPS = {
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_what_compressed_tensors_wrote_is_read_as_it_reads_it(tmp_path, kind):
-    held = {name.removeprefix(f"{kind}."): one for name, one in load_file(GOLDEN).items() if name.startswith(f"{kind}.")}
+    held = {name.removeprefix(f"{kind}."): tensor for name, tensor in load_file(GOLDEN).items() if name.startswith(f"{kind}.")}
     meant = held.pop("meant")
-    save_file({f"m.{name}": one for name, one in held.items()}, tmp_path / FILE)
+    save_file({f"m.{name}": tensor for name, tensor in held.items()}, tmp_path / FILE)
     described = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": GROUPS[kind]}}}
     reader = dequantized(HuggingFaceReader(LocalFolder(tmp_path)), {"quantization_config": described})
     assert list(reader.specs) == ["m.weight"]

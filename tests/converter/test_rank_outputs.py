@@ -37,8 +37,8 @@ def loaded_by_megatron_lm(rank, shape, root, arguments, twin):
     chunks = megatron_cpu.build(shape)
     world = {"ckpt_format": "torch", "load": root, "use_dist_ckpt": False, "finetune": False}
     global_vars.set_args(Arguments(**{**arguments, **world}))
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         checkpointing.load_checkpoint(chunks, None, None, strict=True)
     values = [{name: value.clone() for name, value in chunk.named_parameters()} for chunk in chunks]
     megatron_cpu.load_strictly(chunks, twin)
@@ -48,7 +48,7 @@ def loaded_by_megatron_lm(rank, shape, root, arguments, twin):
         for name, value in chunk.named_parameters()
         if not torch.equal(value, held[name])
     ]
-    return "load_return" in said.getvalue(), differ, sum(map(len, values))
+    return "load_return" in output.getvalue(), differ, sum(map(len, values))
 
 
 @pytest.mark.parametrize(("family", "changes", "layout"), RUNS)
@@ -94,11 +94,11 @@ def test_hashes_and_workers(tmp_path):
     source = family_suite.save_small("mixtral", tmp_path / "hf")
     for workers in (1, 4):
         hf_to_mcore(source, tmp_path / f"{workers}", ckpt_format="torch", tp=2, ep=2, workers=workers)
-    one, four = (
+    one_thread, four_threads = (
         {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
         for name in ("1", "4")
     )
-    assert one == four
+    assert one_thread == four_threads
     assert check_checkpoint(tmp_path / "1").whole
     hf_to_mcore(source, tmp_path / "1", ckpt_format="torch", tp=2, overwrite=True)
     assert len(list((tmp_path / "1" / "release").glob("mp_rank_*"))) == 2
@@ -129,8 +129,8 @@ def of_layers(key, rows):
     """The name in a state dict of one part of a key; `rows` are its layer, unless the key has its number, and its expert."""
     rows, (_, layers, rest) = list(rows), key.partition(".layers.")
     name = key.replace(layers, f"{layers}{rows.pop(0)}.") if layers and not rest[0].isdecimal() else key
-    one = name.replace(".experts.experts.", ".experts.")
-    return f"{one}{rows.pop(0)}" if one != name and one.endswith(("weight", "bias")) else one
+    single = name.replace(".experts.experts.", ".experts.")
+    return f"{single}{rows.pop(0)}" if single != name and single.endswith(("weight", "bias")) else single
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe", "deepseek_v3", "gemma3_text"])

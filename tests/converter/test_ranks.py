@@ -31,9 +31,9 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", 
     ids=["torchrun", "srun", "torchrun in srun", "batch script", "alone"],
 )
 def test_who_a_process_is_comes_from_what_its_engine_set(env, rank, size):
-    found = from_environment(env)
-    assert (found.rank, found.size) == (rank, size)
-    assert re.fullmatch(r"[A-Za-z0-9_-]+", found.run_id)
+    ranks = from_environment(env)
+    assert (ranks.rank, ranks.size) == (rank, size)
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", ranks.run_id)
 
 
 @pytest.mark.parametrize("engine", [TORCHRUN, SRUN], ids=["torchrun", "srun"])
@@ -64,17 +64,17 @@ def test_two_processes_alone_are_two_runs():
 
 @pytest.mark.parametrize("name", ["a/b", "a b", "é", "x" * 300, "../.."])
 def test_any_name_of_a_run_is_fit_for_a_file(name):
-    found = from_environment({**TORCHRUN, "TORCHELASTIC_RUN_ID": name}).run_id
-    assert re.fullmatch(r"[A-Za-z0-9_-]{1,100}", found)
+    run_id = from_environment({**TORCHRUN, "TORCHELASTIC_RUN_ID": name}).run_id
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,100}", run_id)
 
 
 def test_ranks_without_torchelastic_share_an_id_though_rank_0_calls_itself_localhost():
-    one, other = ({"RANK": str(n), "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": "1"} for n, host in enumerate("ab"))
-    assert from_environment(one).run_id == from_environment(other).run_id
+    first, second = ({"RANK": str(n), "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": "1"} for n, host in enumerate("ab"))
+    assert from_environment(first).run_id == from_environment(second).run_id
 
 
 @pytest.mark.parametrize(
-    ("env", "said"),
+    ("env", "message"),
     [
         ({"RANK": "4", "WORLD_SIZE": "4"}, "`RANK` is `4` and `WORLD_SIZE` is `4`"),
         ({"RANK": "-1", "WORLD_SIZE": "4"}, "`RANK` is `-1`"),
@@ -86,8 +86,8 @@ def test_ranks_without_torchelastic_share_an_id_though_rank_0_calls_itself_local
         ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "2"}, "`SLURM_PROCID` is `2`"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_name_and_value(env, said):
-    with pytest.raises(UserError, match=re.escape(said)) as caught:
+def test_what_makes_no_sense_is_refused_by_name_and_value(env, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         from_environment(env)
     assert "unset" in caught.value.hint
 
@@ -112,8 +112,8 @@ def test_processes_that_have_the_variables_set_find_one_another(tmp_path, names)
     command = [sys.executable, "-c", MEET, str(tmp_path)]
     envs = [{**os.environ, names[0]: str(rank), names[1]: "2"} for rank in range(2)]
     started = [subprocess.Popen(command, cwd=Path(__file__).parents[2], env=env, stdout=subprocess.PIPE) for env in envs]
-    said = [process.communicate(timeout=900)[0] for process in started]
-    assert said == [b"[{'rank': 0}, {'rank': 1}]\n"] * 2
+    outputs = [process.communicate(timeout=900)[0] for process in started]
+    assert outputs == [b"[{'rank': 0}, {'rank': 1}]\n"] * 2
     assert not list(tmp_path.iterdir())
 
 
@@ -145,9 +145,9 @@ IN_STEP = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}
     ],
 )
 def test_who_waits_says_for_whom_and_which_variables_made_it_wait(env, words, names):
-    one, other = names
+    first, second = names
     assert waiting(from_environment(env), env) == (
-        f"{words} ({one}, {other} are set); to convert with this process alone: `env -u {one} -u {other} mbconvert …`"
+        f"{words} ({first}, {second} are set); to convert with this process alone: `env -u {first} -u {second} mbconvert …`"
     )
 
 

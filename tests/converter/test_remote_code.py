@@ -41,11 +41,11 @@ def by_llama_without_positions(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     length = len(TOKENS[0])
     distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]
-    places = torch.zeros(len(TOKENS), length, dtype=torch.long)
+    positions = torch.zeros(len(TOKENS), length, dtype=torch.long)
     mask = slopes(8)[:, None, None] * distance.float()
     mask = mask.masked_fill(distance > 0, torch.finfo(torch.float32).min)[None].expand(len(TOKENS), -1, -1, -1)
     with torch.no_grad():
-        return model(torch.tensor(TOKENS), attention_mask=mask, position_ids=places).logits.numpy()
+        return model(torch.tensor(TOKENS), attention_mask=mask, position_ids=positions).logits.numpy()
 
 
 def test_baichuan_13b_has_alibi(ranks, tmp_path):

@@ -37,9 +37,9 @@ def kind(request):
 
 
 @pytest.fixture
-def place(kind, folder, monkeypatch, moto):
-    with served(kind, tree(folder), monkeypatch, moto) as place:
-        yield place
+def server(kind, folder, monkeypatch, moto):
+    with served(kind, tree(folder), monkeypatch, moto) as server:
+        yield server
 
 
 @pytest.fixture(params=["s3", "gs"])
@@ -56,10 +56,10 @@ def without(names, files):
     return {name: data for name, data in files.items() if name not in names}
 
 
-def test_an_import_by_byte_range_makes_the_same_bytes(folder, kind, place, tmp_path):
+def test_an_import_by_byte_range_makes_the_same_bytes(folder, kind, server, tmp_path):
     hf_to_mcore(folder, tmp_path / "local", tp=2, pp=2)
-    place.cutter.cut(4, after=900)
-    hf_to_mcore(place.url, tmp_path / "remote", tp=2, pp=2, verify=True)
+    server.cutter.cut(4, after=900)
+    hf_to_mcore(server.url, tmp_path / "remote", tp=2, pp=2, verify=True)
     local, far = tree(tmp_path / "local"), tree(tmp_path / "remote")
     if kind == "http":  # it has no listing: side files of unknown names do not travel
         left = {name for name in local if name.endswith("logo.svg")}
@@ -73,55 +73,55 @@ def test_an_import_by_byte_range_makes_the_same_bytes(folder, kind, place, tmp_p
 
 
 def test_the_hub_is_told_by_id_commit_and_sha256(folder, monkeypatch, moto, tmp_path):
-    with served("hf", tree(folder), monkeypatch, moto) as place:
-        hf_to_mcore(place.url, tmp_path / "m")
+    with served("hf", tree(folder), monkeypatch, moto) as server:
+        hf_to_mcore(server.url, tmp_path / "m")
     source = json.loads((tmp_path / "m" / "iter_0000000" / "conversion.json").read_text())["source"]
     assert (source["id"], source["revision"]) == ("org/tiny", "c0ffee" + "0" * 34)
-    assert all(len(told["sha256"]) == 64 for told in source["files"].values())
+    assert all(len(entry["sha256"]) == 64 for entry in source["files"].values())
 
 
 def test_an_export_by_byte_range_makes_the_same_bytes(folder, kind, monkeypatch, moto, tmp_path):
     hf_to_mcore(folder, tmp_path / "m", tp=2, pp=2)
-    with served(kind, tree(tmp_path / "m"), monkeypatch, moto) as place:
-        mcore_to_hf(place.url, tmp_path / "back")
-        assert verify(folder, place.url).same
-        assert inspect(place.url).layout == {"tp": 2, "pp": 2}
-        assert check(place.url).whole
+    with served(kind, tree(tmp_path / "m"), monkeypatch, moto) as server:
+        mcore_to_hf(server.url, tmp_path / "back")
+        assert verify(folder, server.url).same
+        assert inspect(server.url).layout == {"tp": 2, "pp": 2}
+        assert check(server.url).whole
     assert model_tree(tmp_path / "back") == tree(folder)
 
 
-def test_a_source_that_changes_meanwhile_is_an_error_and_leaves_nothing(folder, place, kind, tmp_path, monkeypatch):
+def test_a_source_that_changes_meanwhile_is_an_error_and_leaves_nothing(folder, server, kind, tmp_path, monkeypatch):
     from converter import worker
 
     def change_then_run(*arguments, run=worker.run, **options):
         data = bytearray(tree(folder)[SHARD])
         data[-1] ^= 1
-        place.put(SHARD, bytes(data))
+        server.put(SHARD, bytes(data))
         run(*arguments, **options)
 
     if kind == "hf":
         pytest.skip("a commit of the Hub does not change; a mirror that lies is tested with the folder")
     monkeypatch.setattr(worker, "run", change_then_run)
     with pytest.raises(UserError, match=rf"`{SHARD}` changed while it was being read"):
-        hf_to_mcore(place.url, tmp_path / "out")
+        hf_to_mcore(server.url, tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
 
 
-def test_a_network_that_goes_away_is_resumed(folder, place, tmp_path):
-    hf_to_mcore(place.url, tmp_path / "straight", tp=2)
+def test_a_network_that_goes_away_is_resumed(folder, server, tmp_path):
+    hf_to_mcore(server.url, tmp_path / "straight", tp=2)
     (tmp_path / "other").mkdir()
     broken = []
 
     def cut(_count):
         if not broken:
-            broken.append(place.cutter.cut(10_000, after=10))
+            broken.append(server.cutter.cut(10_000, after=10))
 
     from converter import Reporter
 
     with pytest.raises(TransientError, match="failed 6 times"):
-        hf_to_mcore(place.url, tmp_path / "other" / "m", tp=2, workers=1, reporter=Reporter(progress=cut))
-    place.cutter.cut(0, after=0)
-    summary = hf_to_mcore(place.url, tmp_path / "other" / "m", tp=2, resume=True)
+        hf_to_mcore(server.url, tmp_path / "other" / "m", tp=2, workers=1, reporter=Reporter(progress=cut))
+    server.cutter.cut(0, after=0)
+    summary = hf_to_mcore(server.url, tmp_path / "other" / "m", tp=2, resume=True)
     assert summary.reused_bytes > 0
     assert tree(tmp_path / "other" / "m") == tree(tmp_path / "straight")
 

@@ -112,18 +112,18 @@ def record_of(folder):
 def test_the_record_says_what_the_source_was_made_of_and_hashes_tensors_the_same_at_every_layout(source, tmp_path):
     reshard(source, tmp_path / "one", tp=4)
     reshard(tmp_path / "one", tmp_path / "two", pp=4, make_vocab_size_divisible_by=256)
-    before, one, two = map(record_of, (source, tmp_path / "one", tmp_path / "two"))
-    assert one["command"] == "reshard"
-    assert one["source"]["conversion"] == {name: value for name, value in before.items() if name not in ("files", "blake3")}
-    assert two["source"]["conversion"]["source"]["conversion"] == one["source"]["conversion"]
-    assert one["blake3"] == two["blake3"]
+    before, first, second = map(record_of, (source, tmp_path / "one", tmp_path / "two"))
+    assert first["command"] == "reshard"
+    assert first["source"]["conversion"] == {name: value for name, value in before.items() if name not in ("files", "blake3")}
+    assert second["source"]["conversion"]["source"]["conversion"] == first["source"]["conversion"]
+    assert first["blake3"] == second["blake3"]
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     dcp_to_torch_save(tmp_path / "two" / ITERATION, tmp_path / "all.pt")
     stored = torch.load(tmp_path / "all.pt", weights_only=False)["decoder.layers.mlp.linear_fc1.weight"]
     for layer, tensor in enumerate(stored):
         digest = blake3.blake3(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        assert two["blake3"][f"decoder.layers.{layer}.mlp.linear_fc1.weight"] == digest
+        assert second["blake3"][f"decoder.layers.{layer}.mlp.linear_fc1.weight"] == digest
 
 
 def test_without_hashes_there_are_none(source, tmp_path):

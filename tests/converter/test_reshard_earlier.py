@@ -86,11 +86,15 @@ def test_the_next_steps_are_those_from_every_twin(ranks, resharded, layout):
     shape, roots = Shape(SMALL, vocab_multiple=16, **layout), resharded(**layout)
     first, *others = (ranks.run(megatron_lm.resumed, 2, shape, str(root)) for root in roots)
     for other in others:
-        for (one, steps), (same, expected) in zip(first, other, strict=True):
+        for (actual, steps), (reference, expected) in zip(first, other, strict=True):
             assert steps == expected
-            assert (one.iteration, one.scheduler, one.groups) == (same.iteration, same.scheduler, same.groups)
-            for name, values in one.tensors.items():
-                assert all(map(torch.equal, values, same.tensors[name])), name
+            assert (actual.iteration, actual.scheduler, actual.groups) == (
+                reference.iteration,
+                reference.scheduler,
+                reference.groups,
+            )
+            for name, values in actual.tensors.items():
+                assert all(map(torch.equal, values, reference.tensors[name])), name
     for state, steps in first:
         assert state.iteration == 2
         assert len(set(steps)) == megatron_lm.STEPS

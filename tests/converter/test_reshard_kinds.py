@@ -73,14 +73,14 @@ def resharded(name, folder, config, source=None, **sizes):
 
 @pytest.mark.parametrize(("name", "twin"), TWINS)
 def test_twins_become_the_same(tmp_path, name, twin):
-    one, other = (resharded(kind, tmp_path / kind, MODELS.get(name, SMALL), pp=2) for kind in (name, twin))
-    assert values(one[1]) == values(other[1])
-    assert {state for state, _ in values(one[1])} == set(STATES)
-    assert one[1].groups == other[1].groups
-    assert one[0].common_state()["opt_param_scheduler"] == other[0].common_state()["opt_param_scheduler"]
-    assert one[0].args()["pipeline_model_parallel_size"] == 2
-    assert one[0].args()["tensor_model_parallel_size"] == 1
-    assert any("random numbers start anew" in note for note in one[2]) == (name != "ranks_pp2_vpp2")
+    first, second = (resharded(kind, tmp_path / kind, MODELS.get(name, SMALL), pp=2) for kind in (name, twin))
+    assert values(first[1]) == values(second[1])
+    assert {state for state, _ in values(first[1])} == set(STATES)
+    assert first[1].groups == second[1].groups
+    assert first[0].common_state()["opt_param_scheduler"] == second[0].common_state()["opt_param_scheduler"]
+    assert first[0].args()["pipeline_model_parallel_size"] == 2
+    assert first[0].args()["tensor_model_parallel_size"] == 1
+    assert any("random numbers start anew" in note for note in first[2]) == (name != "ranks_pp2_vpp2")
 
 
 def test_random_numbers_travel_where_the_layout_is_the_same(tmp_path):
@@ -117,13 +117,13 @@ def test_why_random_numbers_start_anew_is_said(tmp_path, case):
 
 
 def test_a_step_that_is_not_known_is_said(tmp_path):
-    source, said = unpacked("zarr", tmp_path), "the step and the schedule are not read from this kind of checkpoint"
-    assert not any(said in note for note in resharded("zarr", tmp_path / "known", SMALL)[2])
+    source, message = unpacked("zarr", tmp_path), "the step and the schedule are not read from this kind of checkpoint"
+    assert not any(message in note for note in resharded("zarr", tmp_path / "known", SMALL)[2])
     common = source / "iter_0000002" / "common.pt"
     state = torch.load(common, weights_only=False)
     torch.save({name: value for name, value in state.items() if name != "iteration"}, common)
     _, _, notes = resharded("zarr", tmp_path / "work", SMALL, source=source)
-    assert f"{said}: training counts from step 0" in notes
+    assert f"{message}: training counts from step 0" in notes
 
 
 def test_experts_and_their_optimizer_change_their_ranks(tmp_path):

@@ -32,13 +32,13 @@ def described(config, folder):
 def same(ranks, shape, *roots):
     """Do two ranks of Megatron-LM go on from each checkpoint alike?"""
     made, twin = (ranks.run(megatron_lm.resumed, 2, shape, str(root)) for root in roots)
-    for (one, steps), (other, expected) in zip(made, twin, strict=True):
-        assert (one.iteration, one.consumed_samples, one.operations) == (3, 12, 12345)
-        assert (one.scheduler["num_steps"], one.scheduler) == (one.consumed_samples, other.scheduler)
-        assert one.groups == other.groups
-        for name, values in one.tensors.items():
-            assert len(values) == len(other.tensors[name])
-            assert all(map(torch.equal, values, other.tensors[name])), name
+    for (actual, steps), (reference, expected) in zip(made, twin, strict=True):
+        assert (actual.iteration, actual.consumed_samples, actual.operations) == (3, 12, 12345)
+        assert (actual.scheduler["num_steps"], actual.scheduler) == (actual.consumed_samples, reference.scheduler)
+        assert actual.groups == reference.groups
+        for name, values in actual.tensors.items():
+            assert len(values) == len(reference.tensors[name])
+            assert all(map(torch.equal, values, reference.tensors[name])), name
             assert any(value.any() for value in values)
         assert steps == expected
 
@@ -96,4 +96,4 @@ def test_random_numbers_of_files_of_ranks_go_on_where_the_layout_is_the_same(ran
         expected[1],
         expected[3],
     )  # files count pipeline ranks fastest, ranks tensor-parallel ones
-    assert [one.random_numbers for one, _ in made] == list(in_order)
+    assert [state.random_numbers for state, _ in made] == list(in_order)

@@ -53,9 +53,9 @@ def start(source, tmp_path):
         return started[-1]
 
     yield run
-    for one in started:
-        one.kill()
-        one.communicate()
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def names(folder):
@@ -74,8 +74,8 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(start, straight, tmp
         assert set(journaled(tmp_path / "m").values()) <= {1}, "a piece that was done was done again"
     before = sum(written(tmp_path / "log"))
     process = start("--resume", "--verify", pause=0)
-    code, said = process.end()
-    assert code == 0, said
+    code, output = process.end()
+    assert code == 0, output
     assert tree(tmp_path / "m") == whole
     assert names(tmp_path) == ["m"]
     assert process.summary["reused_bytes"] + sum(written(tmp_path / "log")) - before == nbytes
@@ -99,13 +99,13 @@ def test_one_of_several_processes_is_killed_and_another_number_goes_on(start, st
     ranks[1].until("write", 10)
     ranks[1].stop()
     for rank in (ranks[0], ranks[2]):
-        code, said = rank.end()
+        code, output = rank.end()
         assert code == 1
-        assert f"error: rank `1` (pid `{ranks[1].pid}` on `" in said
+        assert f"error: rank `1` (pid `{ranks[1].pid}` on `" in output
     again = [start("--resume", "--verify", log=f"log-again-{rank}", rank=rank, size=2, pause=0) for rank in range(2)]
     for rank in again:
-        code, said = rank.end()
-        assert code == 0, said
+        code, output = rank.end()
+        assert code == 0, output
     assert again[0].summary["reused_bytes"] > 0
     assert tree(tmp_path / "m") == straight[0]
     assert names(tmp_path) == ["m"]

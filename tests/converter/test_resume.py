@@ -25,13 +25,13 @@ def straight(tmp_path_factory):
     """For each direction the arguments of a conversion, what it makes undisturbed, how many bytes of pieces it writes, and in how
     many steps."""
     folder = tmp_path_factory.mktemp("straight")
-    found, source, options = {}, make_source(folder / "hf"), LAYOUT
+    runs, source, options = {}, make_source(folder / "hf"), LAYOUT
     for direction in ("hf-to-mcore", "mcore-to-hf"):
         target, log = folder / direction, folder / f"{direction}.log"
         assert Conversion(direction, source, target, *options, log=log, pause=0).end()[0] == 0
-        found[direction] = ((direction, source), options, tree(target), sum(written(log)), sum(steps(log).values()))
+        runs[direction] = ((direction, source), options, tree(target), sum(written(log)), sum(steps(log).values()))
         source, options = target, ()
-    return found
+    return runs
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def start(straight, tmp_path):
         return started[-1]
 
     yield run
-    for one in started:
-        one.kill()
-        one.communicate()
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +90,16 @@ def names(folder):
 
 def finish(start, *options, **how):
     process = start("--resume", *options, pause=0, **how)
-    code, said = process.end()
-    assert code == 0, said
+    code, output = process.end()
+    assert code == 0, output
     return process.summary
 
 
 def refused(start, *options, **how):
-    code, said = start(*options, pause=0, **how).end()
+    code, output = start(*options, pause=0, **how).end()
     assert code == 1
-    assert "Traceback" not in said
-    return said
+    assert "Traceback" not in output
+    return output
 
 
 @pytest.mark.parametrize("direction", ["hf-to-mcore", "mcore-to-hf"])
@@ -167,12 +167,12 @@ def test_a_signal_leaves_what_can_be_resumed(start, go_on, straight, tmp_path, c
     # A thread that writes finishes its piece first. The main thread's pause is as long as the signal takes.
     process = start("--verify", pauses={step: 0.1 if step == "write" else LONGEST})
     process.until(step, 8 if step == "write" else 1)
-    code, said = process.stop(number)
-    assert (code, said.splitlines()[-1]) == ((143, "terminated") if number == signal.SIGTERM else (130, "interrupted"))
+    code, output = process.stop(number)
+    assert (code, output.splitlines()[-1]) == ((143, "terminated") if number == signal.SIGTERM else (130, "interrupted"))
     left = partial(tmp_path / "m")
-    assert f"note: `{left}` keeps what is done: finish it with the same command and `--resume`" in said
-    assert f"rm -r {left}.state {left}" in said
-    assert "Traceback" not in said
+    assert f"note: `{left}` keeps what is done: finish it with the same command and `--resume`" in output
+    assert f"rm -r {left}.state {left}" in output
+    assert "Traceback" not in output
     assert names(tmp_path) == [left.name, f"{left.name}.state"]
     assert go_on().reused_bytes > 0
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
@@ -181,8 +181,8 @@ def test_a_signal_leaves_what_can_be_resumed(start, go_on, straight, tmp_path, c
 def test_a_signal_before_anything_is_done_leaves_nothing(start, tmp_path):
     process = start(pauses={"check_room": LONGEST})
     process.until("check_room")
-    code, said = process.stop(signal.SIGTERM)
-    assert (code, said) == (143, "terminated\n")
+    code, output = process.stop(signal.SIGTERM)
+    assert (code, output) == (143, "terminated\n")
     assert not names(tmp_path)
 
 
@@ -197,9 +197,9 @@ def test_a_second_interrupt_does_not_wait_and_what_is_done_stays(start, go_on, s
 
 
 def test_what_an_interrupted_run_left_is_named_with_both_ways_out(start, tmp_path, half):
-    said = refused(start)
-    assert f"error: an interrupted run left `{half}`" in said
-    assert f"with the same command and `--resume`, or remove it: `rm -r {half}.state {half}`" in said
+    output = refused(start)
+    assert f"error: an interrupted run left `{half}`" in output
+    assert f"with the same command and `--resume`, or remove it: `rm -r {half}.state {half}`" in output
     shutil.rmtree(half)
     shutil.rmtree(state_of(half))
     assert start(pause=0).end()[0] == 0
@@ -227,15 +227,15 @@ def test_a_source_that_changed_is_refused_by_name(start, straight, tmp_path, hal
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
     process = Conversion("hf-to-mcore", copy, tmp_path / "m", *LAYOUT, "--resume", log=tmp_path / "log", pause=0)
-    code, said = process.end()
+    code, output = process.end()
     assert code == 1
-    assert f"`{half}` was begun with the source's `{shard.name}` " in said
-    assert f"changed at {shard.stat().st_mtime_ns}" in said
-    assert f"rm -r {half}.state {half}" in said
+    assert f"`{half}` was begun with the source's `{shard.name}` " in output
+    assert f"changed at {shard.stat().st_mtime_ns}" in output
+    assert f"rm -r {half}.state {half}" in output
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"tp": 1}, "`tp` 2, now it is 1"),
         ({"layout": "hybrid"}, '`layout` "gpt", now it is "hybrid"'),
@@ -245,8 +245,8 @@ def test_a_source_that_changed_is_refused_by_name(start, straight, tmp_path, hal
     ],
     ids=str,
 )
-def test_other_options_are_refused_with_both_values(go_on, half, options, said):
-    with pytest.raises(UserError, match=f"`{half}` was begun with option {said}"):
+def test_other_options_are_refused_with_both_values(go_on, half, options, message):
+    with pytest.raises(UserError, match=f"`{half}` was begun with option {message}"):
         go_on(**options)
 
 
@@ -262,9 +262,9 @@ def test_a_damaged_record_is_refused_and_a_missing_one_is_no_record(start, go_on
 def test_a_journal_whose_numbers_mean_other_pieces_is_refused(go_on, half):
     """As an earlier version wrote it, which cut tensors along their first axis alone."""
     record = state_of(half) / "job.json"
-    said = json.loads(record.read_text())
-    assert said.pop("pieces cut along") == "every leading axis"
-    record.write_text(json.dumps(said))
+    job = json.loads(record.read_text())
+    assert job.pop("pieces cut along") == "every leading axis"
+    record.write_text(json.dumps(job))
     with pytest.raises(UserError) as refused:
         go_on()
     assert str(refused.value) == (
@@ -274,8 +274,8 @@ def test_a_journal_whose_numbers_mean_other_pieces_is_refused(go_on, half):
 
 
 def journal(half):
-    (found,) = state_of(half).glob("journal-*")
-    return found
+    (path,) = state_of(half).glob("journal-*")
+    return path
 
 
 def test_a_line_cut_short_counts_for_nothing_nor_does_the_one_written_on_top_of_it(go_on, straight, tmp_path, half):
@@ -332,8 +332,8 @@ def test_a_second_run_is_refused_and_told_who_holds_the_lock(start, straight, tm
     first.until("write", 5)
     first.send_signal(signal.SIGSTOP)  # alive
     for options in ((), ("--resume",), ("--overwrite",)):
-        said = refused(start, *options)
-        assert f"another run is writing `{tmp_path / 'm'}`: pid `{first.pid}` on `" in said
+        output = refused(start, *options)
+        assert f"another run is writing `{tmp_path / 'm'}`: pid `{first.pid}` on `" in output
     first.send_signal(signal.SIGCONT)
     first.release()
     assert first.end()[0] == 0

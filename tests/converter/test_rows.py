@@ -35,9 +35,9 @@ def starts_and_sizes(regions, *, dims=None):
 
 @given(sizes, sizes, sizes)
 def test_interleaved_rows_are_covered_once_and_read_back_from_right_to_left(groups, per_group, head_dim):
-    one = model(groups, per_group, head_dim)
-    parts = one.queries, one.keys, one.keys
-    runs = list(rows.interleaved_by_group(parts, one))
+    attention = model(groups, per_group, head_dim)
+    parts = attention.queries, attention.keys, attention.keys
+    runs = list(rows.interleaved_by_group(parts, attention))
     assert rows.covered(iter(runs), sum(parts))
     sources = [np.arange(count) + 1000 * part for part, count in enumerate(parts)]
     fused = np.concatenate([sources[run.part][run.src_row : run.src_row + run.rows] for run in runs])
@@ -49,10 +49,10 @@ def test_interleaved_rows_are_covered_once_and_read_back_from_right_to_left(grou
 
 @given(sizes, sizes, sizes)
 def test_interleaving_equals_megatrons_reshape(groups, per_group, head_dim):
-    one = model(groups, per_group, head_dim)
-    q, k, v = (np.arange(n) + 1000 * i for i, n in enumerate((one.queries, one.keys, one.keys)))
+    attention = model(groups, per_group, head_dim)
+    q, k, v = (np.arange(n) + 1000 * i for i, n in enumerate((attention.queries, attention.keys, attention.keys)))
     by_group = [part.reshape(groups, -1) for part in (q, k, v)]
-    runs = rows.interleaved_by_group((one.queries, one.keys, one.keys), one)
+    runs = rows.interleaved_by_group((attention.queries, attention.keys, attention.keys), attention)
     fused = np.concatenate([(q, k, v)[run.part][run.src_row : run.src_row + run.rows] for run in runs])
     assert np.array_equal(fused, np.concatenate(by_group, axis=1).reshape(-1))
 
@@ -89,11 +89,11 @@ def test_pieces_are_runs_of_bytes_in_order_and_none_exceeds_the_limit(shape, lim
         [rows.RowRange(0, 3, 0, shape[0])],
     )
     elements = np.arange(prod(shape)).reshape(shape)
-    found = list(pieces([tensor_plan], limit=limit))
-    assert np.concatenate([elements[piece.region].ravel() for piece in found]).tolist() == list(range(elements.size))
-    assert max(elements[piece.region].size for piece in found) * dtypes[1].itemsize <= limit
+    all_pieces = list(pieces([tensor_plan], limit=limit))
+    assert np.concatenate([elements[piece.region].ravel() for piece in all_pieces]).tolist() == list(range(elements.size))
+    assert max(elements[piece.region].size for piece in all_pieces) * dtypes[1].itemsize <= limit
     source = np.concatenate([np.full((3, *shape[1:]), -1), elements])
-    for piece in found:
+    for piece in all_pieces:
         [(_, region, band)] = piece.copies()
         assert np.array_equal(source[region], elements[piece.region][band])
         assert piece.nbytes == elements[piece.region].size * 2
@@ -134,27 +134,27 @@ def test_tiling_is_judged_as_counting_elements_judges_it(corners):
 
 
 def test_every_row_of_a_part_is_taken_once_or_it_is_not_exhausted():
-    one, half = rows.RowRange(0, 0, 0, 4), rows.RowRange(0, 1, 4, 4, 2)
-    assert rows.exhausted([rows.RowRange(0, 4, 0, 2), one], 6)
+    whole, half = rows.RowRange(0, 0, 0, 4), rows.RowRange(0, 1, 4, 4, 2)
+    assert rows.exhausted([rows.RowRange(0, 4, 0, 2), whole], 6)
     assert rows.exhausted([rows.RowRange(0, 0, 0, 4, 2), half], 8)
-    for wrong in ([one], [one, one, one], [one, rows.RowRange(0, 5, 0, 3)], [one, half], [half, half], []):
+    for wrong in ([whole], [whole, whole, whole], [whole, rows.RowRange(0, 5, 0, 3)], [whole, half], [half, half], []):
         assert not rows.exhausted(wrong, 8)
 
 
 @given(sizes, sizes, st.integers(2, 4))
 def test_sections_and_shares_are_plain_slices(groups, size, count):
-    one = Model(g=groups)
+    model = Model(g=groups)
     parts = tuple(groups * (size + number) for number in range(count))
     whole = np.arange(sum(parts))
     by_group = whole.reshape(groups, -1)
     starts = np.cumsum([0, *parts])
     for number in range(count):
-        (taken,) = rows.section(number)(parts, one)
+        (taken,) = rows.section(number)(parts, model)
         assert (taken.part, taken.src_row, taken.rows) == (number, 0, parts[number])
-        found = [whole[r.src_row : r.src_row + r.rows] for r in rows.share(number, "g")(parts, one)]
+        shares = [whole[r.src_row : r.src_row + r.rows] for r in rows.share(number, "g")(parts, model)]
         inside = slice(starts[number] // groups, starts[number + 1] // groups)
-        assert np.array_equal(np.concatenate(found), by_group[:, inside].reshape(-1))
-    assert rows.exhausted([r for number in range(count) for r in rows.share(number, "g")(parts, one)], sum(parts))
+        assert np.array_equal(np.concatenate(shares), by_group[:, inside].reshape(-1))
+    assert rows.exhausted([r for number in range(count) for r in rows.share(number, "g")(parts, model)], sum(parts))
 
 
 def test_a_rule_that_leaves_rows_out_on_either_side_is_refused():

@@ -30,10 +30,10 @@ def without(name):
 
 def by_transformers(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = AutoConfig.from_pretrained(tmp_path)
+    parsed = AutoConfig.from_pretrained(tmp_path)
     with torch.no_grad():
-        LlamaForCausalLM(found)(torch.tensor([[1, 2, 3]]))
-    return found
+        LlamaForCausalLM(parsed)(torch.tensor([[1, 2, 3]]))
+    return parsed
 
 
 def by_us(config):
@@ -58,7 +58,7 @@ def test_what_transformers_takes_is_taken_as_it_takes_it(tmp_path, fields):
     assert megatron.get("seq_len_interpolation_factor") == (rope["factor"] if rope["rope_type"] == "linear" else None)
 
 
-@pytest.mark.parametrize(("fields", "said"), [
+@pytest.mark.parametrize(("fields", "message"), [
     (without("factor"), "has rope type `llama3` without `factor`"),
     (without("low_freq_factor"), "has rope type `llama3` without `low_freq_factor`"),
     (without("high_freq_factor"), "has rope type `llama3` without `high_freq_factor`"),
@@ -72,9 +72,9 @@ def test_what_transformers_takes_is_taken_as_it_takes_it(tmp_path, fields):
     ({"max_position_embeddings": None}, "`max_position_embeddings` is `None`"), ({"hidden_size": 64.0}, "`hidden_size`: `64.0`"),
     ({"num_key_value_heads": 0}, "`num_query_groups`: `0`"), ({"tie_word_embeddings": None}, "`tie_word_embeddings` is `None`"),
 ], ids=str)  # fmt: skip
-def test_what_transformers_refuses_is_refused_by_name(tmp_path, fields, said):
+def test_what_transformers_refuses_is_refused_by_name(tmp_path, fields, message):
     with pytest.raises(Exception):  # noqa: B017, PT011 - of many kinds, from reading it to the first forward
         by_transformers({**LLAMA, **fields}, tmp_path)
     with pytest.raises(UserError) as error:
         by_us({**LLAMA, **fields})
-    assert said in str(error.value)
+    assert message in str(error.value)

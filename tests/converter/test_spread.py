@@ -50,9 +50,9 @@ def start(model, tmp_path):
         return ranks
 
     yield run
-    for one in started:
-        one.kill()
-        one.communicate()
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def names(folder):
@@ -61,8 +61,8 @@ def names(folder):
 
 def finish(ranks):
     for rank in ranks:
-        code, said = rank.end()
-        assert code == 0, said
+        code, output = rank.end()
+        assert code == 0, output
 
 
 @pytest.mark.parametrize(
@@ -101,13 +101,13 @@ def test_a_killed_rank_is_named_and_any_number_of_ranks_goes_on(start, whole, tm
     ranks[dead].until(step, number)
     ranks[dead].stop()
     for rank in ranks:
-        code, said = rank.end()
+        code, output = rank.end()
         if rank is not ranks[dead]:
             assert code == 1
-            assert f"error: rank `{dead}` (pid `{ranks[dead].pid}` on `" in said
-            assert "is dead" in said
-            assert "`--resume`" in said
-            assert "Traceback" not in said
+            assert f"error: rank `{dead}` (pid `{ranks[dead].pid}` on `" in output
+            assert "is dead" in output
+            assert "`--resume`" in output
+            assert "Traceback" not in output
     assert set(journaled(tmp_path / "m").values()) == {1}
     ranks = start(again, "--resume", *options, pause=0)
     finish(ranks)
@@ -122,12 +122,12 @@ def test_a_rank_that_is_stopped_is_named_and_all_stop_at_once(start, whole, tmp_
         rank.until("write", 5)
     assert ranks[1].stop(signal.SIGTERM)[0] == 143
     ranks[0].release()
-    code, said = ranks[0].end()
+    code, output = ranks[0].end()
     assert code == 1
-    assert f"error: rank `1` (pid `{ranks[1].pid}` on `" in said
-    assert "was stopped" in said
+    assert f"error: rank `1` (pid `{ranks[1].pid}` on `" in output
+    assert "was stopped" in output
     left = partial(tmp_path / "m")
-    assert f"`{left}` keeps what is done" in said
+    assert f"`{left}` keeps what is done" in output
     assert names(tmp_path) == [left.name, f"{left.name}.state"]
     finish(start(1, "--resume", pause=0))
     assert tree(tmp_path / "m") == whole[True]
@@ -141,9 +141,9 @@ def test_all_ranks_refuse_what_an_interrupted_run_left(start, tmp_path):
     for rank in ranks:
         rank.end()
     for rank in start(2, pause=0):
-        code, said = rank.end()
+        code, output = rank.end()
         assert code == 1
-        assert f"an interrupted run left `{partial(tmp_path / 'm')}`" in said
+        assert f"an interrupted run left `{partial(tmp_path / 'm')}`" in output
 
 
 def test_a_batch_script_is_one_process(start, whole, tmp_path):

@@ -36,14 +36,18 @@ _OF_OTHERS = ("rich", "importlib.metadata", "converter.proof")
 
 
 def test_a_command_imports_only_what_it_uses(model_folder, checkpoint, tmp_path):
-    places = [model_folder("gqa", dtype="bfloat16"), checkpoint, tmp_path / "made"]
-    done = subprocess.run([sys.executable, "-c", _PROGRAM, *map(str, places)], capture_output=True, text=True, check=True)
+    paths = [model_folder("gqa", dtype="bfloat16"), checkpoint, tmp_path / "made"]
+    done = subprocess.run([sys.executable, "-c", _PROGRAM, *map(str, paths)], capture_output=True, text=True, check=True)
     help_, families, inspect, planned, converted = (set(names) for names in json.loads(done.stdout))
     assert not {"numpy", "yaml", "blake3", "converter.families"} & help_
     assert not {"yaml", "blake3", "converter.conversion_plan", "converter.execute"} & families
     assert not {"converter.conversion_plan", "converter.execute", "converter.worker"} & inspect
     for names in (help_, families, inspect, planned, converted):
-        late = [name for name in names if f"{name}.".startswith(tuple(f"{one}." for one in _OF_URLS + _OF_ADAPTERS + _OF_OTHERS))]
+        late = [
+            name
+            for name in names
+            if f"{name}.".startswith(tuple(f"{module}." for module in _OF_URLS + _OF_ADAPTERS + _OF_OTHERS))
+        ]
         assert not late
 
 

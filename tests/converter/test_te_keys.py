@@ -21,15 +21,15 @@ MADE = json.loads(gzip.decompress((GOLDEN / "te_keys.json.gz").read_bytes()))["m
 
 ASKED = MADE | {f"{name}, on a GPU": taken_on_gpu(name) for name in ON_GPU}
 
-NOT_BUILT = {name: one.WEIGHTS_ONLY for name in families.names() if not (one := families.find(name)).trains}
+NOT_BUILT = {name: family.WEIGHTS_ONLY for name in families.names() if not (family := families.find(name)).trains}
 """Families whose layers the trainer has not, and why."""
 
 
 def save_zeros(config, folder):
     """A model directory of zeros, in bf16."""
-    one = families.find(config["model_type"])
-    model = make_model(one.CONFIG, config)
-    shapes = dict(huggingface_tensors(one.RULES, model, dict.fromkeys(range(10_000))))
+    family = families.find(config["model_type"])
+    model = make_model(family.CONFIG, config)
+    shapes = dict(huggingface_tensors(family.RULES, model, dict.fromkeys(range(10_000))))
     folder.mkdir()
     save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
@@ -37,11 +37,11 @@ def save_zeros(config, folder):
 
 
 def test_every_family_was_asked_for_or_there_is_a_reason():
-    built = {one["config"]["model_type"] for one in MADE.values()}
+    built = {case["config"]["model_type"] for case in MADE.values()}
     assert {*families.names()} - built - {*NOT_BUILT} == set(), "run tests/golden/make_te_keys.py"
 
 
-@pytest.mark.parametrize("name", [name for name, one in ASKED.items() if one["config"]["model_type"] in families.names()])
+@pytest.mark.parametrize("name", [name for name, asked in ASKED.items() if asked["config"]["model_type"] in families.names()])
 def test_keys_shapes_dtypes_and_objects_are_those_that_transformer_engine_s_layers_ask_for(name, tmp_path):
     check_keys(ASKED[name], tmp_path)
 
@@ -59,10 +59,10 @@ def check_keys(asked, tmp_path, **options):
     """What is written of a model of zeros is what was asked for."""
     hf_to_mcore(save_zeros(asked["config"], tmp_path / "hf"), tmp_path / "m", integrity=False, **options)
     tensors, objects = stored_keys(tmp_path / "m" / "iter_0000000")
-    found = {
+    stored = {
         key: [[*t.size], str(t.properties.dtype), boxes([c.offsets, c.sizes] for c in t.chunks)] for key, t in tensors.items()
     }
-    assert found == {
+    assert stored == {
         key: [shape, dtype, boxes([at, [*[1] * prepended, *size]] for at, size in chunks)]
         for key, (shape, dtype, prepended, chunks) in asked["tensors"].items()
     }

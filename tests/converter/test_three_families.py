@@ -75,11 +75,11 @@ def test_inspect_names_the_family_on_both_sides(family, folder, tmp_path):
 
 @pytest.mark.usefixtures("at_home")
 def test_a_server_gives_the_same_bytes_both_ways(folder, monkeypatch, moto, tmp_path):
-    with served("http", tree(folder), monkeypatch, moto) as place:
-        hf_to_mcore(place.url, tmp_path / "m", tp=2, pp=2, verify=True)
+    with served("http", tree(folder), monkeypatch, moto) as server:
+        hf_to_mcore(server.url, tmp_path / "m", tp=2, pp=2, verify=True)
     assert verify(folder, tmp_path / "m").same
-    with served("http", tree(tmp_path / "m"), monkeypatch, moto) as place:
-        mcore_to_hf(place.url, tmp_path / "back")
+    with served("http", tree(tmp_path / "m"), monkeypatch, moto) as server:
+        mcore_to_hf(server.url, tmp_path / "back")
     assert model_tree(tmp_path / "back") == tree(folder)
 
 

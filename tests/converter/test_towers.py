@@ -70,7 +70,7 @@ def test_a_language_model_that_is_not_described_is_refused(config, message):
 def test_names_that_transformers_5_has_in_memory_come_back_too(tmp_path):
     folder = save_small("mistral3", tmp_path / "hf")
     tensors = load_file(folder / "model.safetensors")
-    save_file({_in_memory(name): one for name, one in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file({_in_memory(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     hf_to_mcore(folder, tmp_path / "megatron", tp=2, verify=True)
     mcore_to_hf(tmp_path / "megatron", tmp_path / "back", verify=True)
     assert model_tree(tmp_path / "back") == model_tree(folder)
@@ -90,7 +90,7 @@ def test_a_trained_language_model_s_fields_go_back_into_text_config():
     before = json.loads(json.dumps(config))
     provider = from_hf_config(config)
     provider.seq_length, provider.rotary_base = 512, 5e5
-    assert {one.setting for one in follow(provider)} >= {"model.hf_config.text_config.max_position_embeddings"}
+    assert {change.setting for change in follow(provider)} >= {"model.hf_config.text_config.max_position_embeddings"}
     assert read(provider.hf_config)["rotary_base"] == 5e5
     assert read(provider.hf_config)["seq_length"] == 512
     assert (provider.hf_config["more"], {*provider.hf_config}) == (1, {*before})

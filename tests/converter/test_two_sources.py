@@ -28,7 +28,7 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
 
 
-def said(action, *arguments, **options):
+def notes_of(action, *arguments, **options):
     notes = []
     action(*arguments, reporter=Reporter(note=notes.append), **options)
     return notes
@@ -85,7 +85,7 @@ def test_an_index_whose_files_are_gone_stays_behind_and_is_named(source, tmp_pat
     add_old_shards(source)
     for file in SHARDS:
         (source / file).unlink()
-    notes = said(hf_to_mcore, source, tmp_path / "m")
+    notes = notes_of(hf_to_mcore, source, tmp_path / "m")
     assert f"left out, not part of the model: {INDEX}" in notes
     mcore_to_hf(tmp_path / "m", tmp_path / "back")
     assert not (tmp_path / "back" / INDEX).exists()
@@ -94,7 +94,7 @@ def test_an_index_whose_files_are_gone_stays_behind_and_is_named(source, tmp_pat
 
 def test_an_index_of_a_variant_does_not_travel_without_its_files(source, tmp_path):
     (source / "model.safetensors.index.fp16.json").write_text("{}")
-    assert "left out, not part of the model: model.safetensors.index.fp16.json" in said(hf_to_mcore, source, tmp_path / "m")
+    assert "left out, not part of the model: model.safetensors.index.fp16.json" in notes_of(hf_to_mcore, source, tmp_path / "m")
 
 
 def test_a_config_that_names_another_file_of_weights_is_refused(source, tmp_path):
@@ -216,7 +216,7 @@ def test_an_adapter_beside_the_model_is_refused(source, tmp_path, file):
 def test_an_adapter_in_a_folder_of_its_own_stays_behind_whole(source, tmp_path):
     add_adapter(source / "checkpoint-100")
     (source / "checkpoint-100" / "trainer_state.json").write_text("{}")
-    notes = said(hf_to_mcore, source, tmp_path / "m")
+    notes = notes_of(hf_to_mcore, source, tmp_path / "m")
     named = "checkpoint-100/adapter_config.json, checkpoint-100/adapter_model.safetensors"
     assert f"left out, not part of the model: {named}" in notes
     mcore_to_hf(tmp_path / "m", tmp_path / "back")
@@ -235,16 +235,16 @@ def test_a_link_to_no_file_is_refused_where_the_file_would_travel(source, tmp_pa
     assert not list(tmp_path.glob("out*"))
     (source / name).unlink()
     (source / "pytorch_model.bin").symlink_to("../../blobs/0123")
-    assert "left out, not part of the model: pytorch_model.bin" in said(hf_to_mcore, source, tmp_path / "out")
+    assert "left out, not part of the model: pytorch_model.bin" in notes_of(hf_to_mcore, source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
 def test_a_quantization_that_the_weights_do_not_have_is_told_of_and_taken_out(source, tmp_path, field):
     edit_config(source, **{field: {"quant_method": "fp8"}})
-    told = f"`config.json` has `{field}`, but no weight is quantized: an export leaves it out"
-    assert told in said(hf_to_mcore, source, tmp_path / "m")
+    message = f"`config.json` has `{field}`, but no weight is quantized: an export leaves it out"
+    assert message in notes_of(hf_to_mcore, source, tmp_path / "m")
     expected = {name: value for name, value in json.loads((source / "config.json").read_text()).items() if name != field}
-    notes = said(mcore_to_hf, tmp_path / "m", tmp_path / "back")
+    notes = notes_of(mcore_to_hf, tmp_path / "m", tmp_path / "back")
     assert notes == [f"`config.json` changed: without `{field}`, for the weights are not quantized"]
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == expected
 
@@ -254,6 +254,6 @@ def test_a_quantization_of_quantized_weights_stays(source, tmp_path):
     weights = load_file(path)
     save_file({n: t.to(torch.float8_e4m3fn) if "proj" in n else t for n, t in weights.items()}, path, {"format": "pt"})
     edit_config(source, quantization_config={"quant_method": "fbgemm_fp8"})
-    assert said(hf_to_mcore, source, tmp_path / "m") == []
+    assert notes_of(hf_to_mcore, source, tmp_path / "m") == []
     mcore_to_hf(tmp_path / "m", tmp_path / "back")
     assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()

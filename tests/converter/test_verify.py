@@ -37,10 +37,10 @@ def test_an_import_and_its_export_are_the_source(model_folder, tmp_path, variant
     source = model_folder(variant, dtype="bfloat16")
     hf_to_mcore(source, tmp_path / "m", tp=1 if variant == "mqa" else 2, pp=2)
     mcore_to_hf(tmp_path / "m", tmp_path / "back", max_shard_size=60_000)
-    for one, other in ((source, "m"), ("m", source), ("back", "m"), (source, "back"), ("m", "m")):
-        found = verify(tmp_path / one, tmp_path / other)
-        assert found.same, found.lines()
-        assert found.tensors == len(load_file(source / "model.safetensors"))
+    for first, second in ((source, "m"), ("m", source), ("back", "m"), (source, "back"), ("m", "m")):
+        comparison = verify(tmp_path / first, tmp_path / second)
+        assert comparison.same, comparison.lines()
+        assert comparison.tensors == len(load_file(source / "model.safetensors"))
 
 
 @pytest.mark.parametrize("layout", [{"tp": 4}, {"pp": 4}, {"tp": 2, "pp": 2, "vpp": 2}, {"pp": 2, "pp_layout": [3, 1]}], ids=str)
@@ -66,18 +66,18 @@ def test_a_difference_is_named_counted_placed_and_measured(pair):
         weight[3, 5] = 7.0
         weight[30, 1] = -100.0
 
-    one, other = pair
-    before = load_file(one / "model.safetensors")["model.layers.2.self_attn.k_proj.weight"]
-    edit(other, change)
-    found = verify(one, other)
-    [difference] = found.different
+    source, copy = pair
+    before = load_file(source / "model.safetensors")["model.layers.2.self_attn.k_proj.weight"]
+    edit(copy, change)
+    comparison = verify(source, copy)
+    [difference] = comparison.different
     assert difference.name == "model.layers.2.self_attn.k_proj.weight"
     assert (difference.elements, difference.first) == (2, (3, 5))
     assert difference.values == (before[3, 5].item(), 7.0)
     assert difference.largest == before[30, 1].item() + 100.0
-    hf_to_mcore(other, other.with_name("m"), tp=2, pp=2)
-    assert verify(one, other.with_name("m")).different == [difference]
-    assert not verify(other, other.with_name("m")).different
+    hf_to_mcore(copy, copy.with_name("m"), tp=2, pp=2)
+    assert verify(source, copy.with_name("m")).different == [difference]
+    assert not verify(copy, copy.with_name("m")).different
 
 
 def test_bits_are_compared_not_values(pair):
@@ -87,25 +87,25 @@ def test_bits_are_compared_not_values(pair):
     def plus_zero(tensors):
         tensors["model.norm.weight"][0] = 0.0
 
-    one, other = pair
-    shutil.copytree(one, other.with_name("zero"))
-    edit(other, minus_zero)
-    edit(other.with_name("zero"), plus_zero)
-    [difference] = verify(other, other.with_name("zero")).different
+    source, copy = pair
+    shutil.copytree(source, copy.with_name("zero"))
+    edit(copy, minus_zero)
+    edit(copy.with_name("zero"), plus_zero)
+    [difference] = verify(copy, copy.with_name("zero")).different
     assert (difference.elements, difference.largest) == (1, 0.0)
 
 
 def test_the_same_nan_is_the_same_and_another_is_not(pair):
-    one, other = pair
-    shutil.copytree(one, other.with_name("nan"))
+    source, copy = pair
+    shutil.copytree(source, copy.with_name("nan"))
 
     def nan(payload):
         return lambda tensors: tensors["model.norm.weight"].view(torch.int16).__setitem__(0, payload)
 
-    edit(other, nan(0x7FC0))
-    edit(other.with_name("nan"), nan(0x7FC1))
-    assert verify(other, other).same
-    [difference] = verify(other, other.with_name("nan")).different
+    edit(copy, nan(0x7FC0))
+    edit(copy.with_name("nan"), nan(0x7FC1))
+    assert verify(copy, copy).same
+    [difference] = verify(copy, copy.with_name("nan")).different
     assert difference.elements == 1
     assert np.isnan(difference.values).all()
     assert difference.largest is None
@@ -117,34 +117,34 @@ def _no_number(text):
 
 
 def test_json_of_a_comparison_is_json_where_values_are_no_numbers(pair):
-    one, other = pair
-    edit(other, lambda tensors: tensors["model.norm.weight"].__setitem__(slice(0, 2), torch.tensor([torch.nan, torch.inf])))
-    done = mbconvert("verify", one, other, "--json")
-    [found] = json.loads(done.stdout, parse_constant=_no_number)["different"]
-    assert (found["values"][1], found["largest"]) == ("NaN", "Infinity")
+    source, copy = pair
+    edit(copy, lambda tensors: tensors["model.norm.weight"].__setitem__(slice(0, 2), torch.tensor([torch.nan, torch.inf])))
+    done = mbconvert("verify", source, copy, "--json")
+    [difference] = json.loads(done.stdout, parse_constant=_no_number)["different"]
+    assert (difference["values"][1], difference["largest"]) == ("NaN", "Infinity")
 
 
 def test_tensors_on_one_side_only_are_named(pair):
-    one, other = pair
-    edit(other, lambda tensors: tensors.pop("model.norm.weight") is None or tensors.update(extra=torch.ones(2)))
-    found = verify(one, other)
-    assert (found.only_in_one, found.only_in_other, found.same) == (["model.norm.weight"], ["extra"], False)
+    source, copy = pair
+    edit(copy, lambda tensors: tensors.pop("model.norm.weight") is None or tensors.update(extra=torch.ones(2)))
+    comparison = verify(source, copy)
+    assert (comparison.only_in_one, comparison.only_in_other, comparison.same) == (["model.norm.weight"], ["extra"], False)
 
 
 def test_another_dtype_is_different_and_the_same_after_a_cast(model_folder, tmp_path):
     source = model_folder("gqa", dtype="float32")
     hf_to_mcore(source, tmp_path / "m", tp=2, dtype="bf16")
-    found = verify(source, tmp_path / "m")
-    assert len(found.different) == found.tensors
-    assert "fp32 and bf16: `--cast-to bf16` compares after a cast" in str(found.different[0])
+    comparison = verify(source, tmp_path / "m")
+    assert len(comparison.different) == comparison.tensors
+    assert "fp32 and bf16: `--cast-to bf16` compares after a cast" in str(comparison.different[0])
     assert verify(source, tmp_path / "m", cast_to="bf16").same
     assert not verify(source, tmp_path / "m", cast_to="fp32").same
 
 
 def test_another_shape_is_different(pair):
-    one, other = pair
-    edit(other, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"][:-1].clone()}))
-    assert "shape [64] and [63]" in str(verify(one, other).different[0])
+    source, copy = pair
+    edit(copy, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"][:-1].clone()}))
+    assert "shape [64] and [63]" in str(verify(source, copy).different[0])
 
 
 def test_an_output_layer_that_repeats_the_embedding_is_the_same_model(model_folder, tmp_path):
@@ -152,25 +152,25 @@ def test_an_output_layer_that_repeats_the_embedding_is_the_same_model(model_fold
     shutil.copytree(source, tmp_path / "twice")
     edit(tmp_path / "twice", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     hf_to_mcore(source, tmp_path / "m")
-    for one, other in ((source, "twice"), ("twice", source), ("m", "twice"), ("twice", "m")):
-        assert verify(tmp_path / one, tmp_path / other).same
+    for first, second in ((source, "twice"), ("twice", source), ("m", "twice"), ("twice", "m")):
+        assert verify(tmp_path / first, tmp_path / second).same
     edit(tmp_path / "twice", lambda t: t["lm_head.weight"].__setitem__((0, 0), 9.0))
     assert not verify(source, tmp_path / "twice").same
 
 
 def test_exit_codes_and_output(pair, tmp_path):
-    one, other = pair
-    done = mbconvert("verify", one, other)
+    source, copy = pair
+    done = mbconvert("verify", source, copy)
     assert (done.returncode, done.stdout) == (0, "same: 39 tensors, 172.61 k parameters compared bit for bit\n")
-    edit(other, lambda tensors: tensors["model.norm.weight"].__setitem__(7, 5.0))
-    done = mbconvert("verify", one, other)
+    edit(copy, lambda tensors: tensors["model.norm.weight"].__setitem__(7, 5.0))
+    done = mbconvert("verify", source, copy)
     assert done.returncode == 1
     assert done.stdout.startswith("`model.norm.weight`: 1 element differs at [7]: ")
     assert done.stdout.splitlines()[1].startswith("DIFFERENT: 39 tensors")
-    found = json.loads(mbconvert("verify", one, other, "--json").stdout)
-    assert (found["same"], found["different"][0]["name"]) == (False, "model.norm.weight")
-    assert mbconvert("verify", one, tmp_path / "nowhere").returncode == 1
-    assert mbconvert("verify", one).returncode == 2
+    report = json.loads(mbconvert("verify", source, copy, "--json").stdout)
+    assert (report["same"], report["different"][0]["name"]) == (False, "model.norm.weight")
+    assert mbconvert("verify", source, tmp_path / "nowhere").returncode == 1
+    assert mbconvert("verify", source).returncode == 2
 
 
 class Lying:
@@ -221,8 +221,10 @@ def test_numbers_without_dimensions_are_compared_as_one_row(tmp_path):
     for name, scale in (("one", 1.0), ("other", 2.0)):
         state = {"decoder.weight": torch.ones(8), "decoder.scale": torch.tensor(scale)}
         dcp.save(state, checkpoint_id=tmp_path / name, no_dist=True)
-    found = verify(tmp_path / "one", tmp_path / "other")
-    assert [(one.name, one.elements, one.values) for one in found.different] == [("decoder.scale", 1, (1.0, 2.0))]
+    comparison = verify(tmp_path / "one", tmp_path / "other")
+    assert [(difference.name, difference.elements, difference.values) for difference in comparison.different] == [
+        ("decoder.scale", 1, (1.0, 2.0))
+    ]
     assert verify(tmp_path / "one", tmp_path / "one").same
 
 
@@ -244,8 +246,8 @@ def test_a_damaged_config_is_an_error_not_a_reason_to_take_the_others(model_fold
 def test_what_should_be_zero_and_is_not_is_named_once_with_its_side(model_folder, checkpoint, tmp_path):
     source = model_folder("attention_bias", dtype="bfloat16")
     hf_to_mcore(source, tmp_path / "m")
-    found = verify(tmp_path / "m", tmp_path / "m")
-    assert found.same
+    comparison = verify(tmp_path / "m", tmp_path / "m")
+    assert comparison.same
     weights = tmp_path / "m" / "iter_0000000" / "__0_0.distcp"
     from formats.dcp import DcpContainer
     from formats.folder import LocalFolder
@@ -257,6 +259,6 @@ def test_what_should_be_zero_and_is_not_is_named_once_with_its_side(model_folder
     with weights.open("r+b") as file:
         file.seek(stored.offset)
         file.write(b"\x01\x02")
-    found = verify(source, tmp_path / "m")
-    assert [one.name for one in found.different] == ["decoder.layers.0.mlp.linear_fc1.bias"]
-    assert "is not zero in `" in str(found.different[0])
+    comparison = verify(source, tmp_path / "m")
+    assert [difference.name for difference in comparison.different] == ["decoder.layers.0.mlp.linear_fc1.bias"]
+    assert "is not zero in `" in str(comparison.different[0])

@@ -27,8 +27,8 @@ def sides(model_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("names", [("fp8", "megatron"), ("bf16", "fp8"), ("fp8", "bf16"), ("megatron", "bf16")], ids=str)
 def test_the_same_numbers_are_the_same_model(sides, names):
-    one, other = (str(sides / name) for name in names)
-    comparison = verify_checkpoints(one, other)
+    first, second = (str(sides / name) for name in names)
+    comparison = verify_checkpoints(first, second)
     assert comparison.lines() == []
     assert comparison.schemes == {str(sides / "fp8"): SCHEME for _ in range("fp8" in names)}
     assert comparison.tensors == (39 + 28 if set(names) == {"fp8", "megatron"} else 39)  # with the scales, if both have them
@@ -43,8 +43,11 @@ def test_codes_and_scales_are_compared_where_both_have_them(sides, tmp_path):
         tensors[GATE.removesuffix(".weight") + quantized_models.SCALES] *= 2
 
     quantized_models.edit(tmp_path / "fp8", halve)
-    found = verify_checkpoints(sides / "fp8", tmp_path / "fp8")
-    assert {difference.name for difference in found.different} == {GATE, GATE.removesuffix(".weight") + quantized_models.SCALES}
+    comparison = verify_checkpoints(sides / "fp8", tmp_path / "fp8")
+    assert {difference.name for difference in comparison.different} == {
+        GATE,
+        GATE.removesuffix(".weight") + quantized_models.SCALES,
+    }
 
 
 @pytest.mark.parametrize("other", ["megatron", "bf16"])
@@ -62,5 +65,5 @@ def test_another_code_or_scale_is_another_number(sides, tmp_path, other):
 def test_which_comparison_was_made_is_said(sides):
     done = run_module("converter", "verify", str(sides / "fp8"), str(sides / "bf16"))
     assert done.stdout.startswith("same: 39 tensors, ")
-    said = f" compared bit for bit; of `{sides / 'fp8'}` the numbers that its codes and scales mean ({SCHEME})\n"
-    assert done.stdout.endswith(said)
+    expected = f" compared bit for bit; of `{sides / 'fp8'}` the numbers that its codes and scales mean ({SCHEME})\n"
+    assert done.stdout.endswith(expected)

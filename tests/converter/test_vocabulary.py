@@ -60,9 +60,9 @@ def test_weights_are_where_the_published_layout_has_them_and_come_back_to_the_bi
     folder = made(family)
     hf_to_mcore(folder, tmp_path / "m", verify=True, make_vocab_size_divisible_by=128 // layout.get("tp", 1), **layout)
     expected = ORACLES[family](source(folder))
-    found = stored(tmp_path / "m")
-    assert found.keys() == expected.keys()
-    for name, array in found.items():
+    actual = stored(tmp_path / "m")
+    assert actual.keys() == expected.keys()
+    for name, array in actual.items():
         tensor = as_torch(array)
         assert tensor.dtype == expected[name].dtype, name
         assert torch.equal(tensor, expected[name]), name
@@ -91,7 +91,7 @@ def test_the_size_of_pieces_and_the_number_of_threads_do_not_change_a_byte(made,
     for module in (converter.run, converter.worker):
         monkeypatch.setattr(module, "PIECE_BYTES", 1000)
     hf_to_mcore(made(family), tmp_path / "two", workers=4)
-    data = [{p.name: p.read_bytes() for p in sorted((tmp_path / one).rglob("*.distcp"))} for one in ("one", "two")]
+    data = [{p.name: p.read_bytes() for p in sorted((tmp_path / folder).rglob("*.distcp"))} for folder in ("one", "two")]
     assert data[0] == data[1]
     mcore_to_hf(tmp_path / "two", tmp_path / "back", workers=4)
     assert model_tree(tmp_path / "back") == model_tree(made(family))
@@ -100,9 +100,9 @@ def test_the_size_of_pieces_and_the_number_of_threads_do_not_change_a_byte(made,
 def test_a_dtype_that_a_family_keeps_wins_over_the_one_asked_for_and_the_source_s_comes_back(made, tmp_path):
     folder = made("mamba2")
     hf_to_mcore(folder, tmp_path / "m", dtype="fp16")
-    found = {name: array.dtype.name for name, array in stored(tmp_path / "m").items()}
-    assert {found[f"decoder.layers.{n}.mixer.{one}"] for n in range(3) for one in ("A_log", "D")} == {"float32"}
-    assert {dtype for name, dtype in found.items() if not name.endswith(("A_log", "D"))} == {"float16"}
+    dtypes = {name: array.dtype.name for name, array in stored(tmp_path / "m").items()}
+    assert {dtypes[f"decoder.layers.{n}.mixer.{parameter}"] for n in range(3) for parameter in ("A_log", "D")} == {"float32"}
+    assert {dtype for name, dtype in dtypes.items() if not name.endswith(("A_log", "D"))} == {"float16"}
     mcore_to_hf(tmp_path / "m", tmp_path / "back")
     back = source(tmp_path / "back")
     assert {str(t.dtype) for name, t in back.items() if not name.endswith(("A_log", "D"))} == {"torch.float16"}
@@ -167,8 +167,8 @@ def test_a_conversion_that_was_stopped_goes_on_to_the_same_bytes(made, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             hf_to_mcore(made(family), tmp_path / "again", workers=1)
     assert hf_to_mcore(made(family), tmp_path / "again", resume=True).reused_bytes > 0
-    one, two = (model_tree(tmp_path / name / "iter_0000000") for name in ("whole", "again"))
-    assert one == two
+    whole, resumed = (model_tree(tmp_path / name / "iter_0000000") for name in ("whole", "again"))
+    assert whole == resumed
     hashes = [
         json.loads((tmp_path / name / "iter_0000000" / "conversion.json").read_text())["blake3"] for name in ("whole", "again")
     ]

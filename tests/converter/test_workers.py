@@ -31,22 +31,22 @@ def test_a_number_out_of_bounds_is_refused_by_every_function(workers):
             act()
 
 
-@pytest.mark.parametrize(("cores", "here", "remote"), [(1, 2, 4), (2, 2, 4), (3, 3, 4), (64, 4, 4)])
+@pytest.mark.parametrize(("cores", "local", "remote"), [(1, 2, 4), (2, 2, 4), (3, 3, 4), (64, 4, 4)])
 def test_unless_told_otherwise_there_are_as_many_as_cores_and_more_where_they_wait_for_the_network(
-    monkeypatch, cores, here, remote
+    monkeypatch, cores, local, remote
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(cores)))
-    assert count_workers(None, remote=False) == here
+    assert count_workers(None, remote=False) == local
     assert count_workers(None, remote=True) == remote
     assert count_workers(7, remote=False) == 7
 
 
 def test_a_source_or_a_target_on_the_network_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {0, 1})
-    here, there = LocalFolder(tmp_path), open_folder("https://localhost/model")
-    assert workers_for(None, [here]) == 2
-    assert workers_for(None, [here, there]) == 4
-    assert workers_for(None, [here], "s3://bucket/model") == 4
+    local, remote = LocalFolder(tmp_path), open_folder("https://localhost/model")
+    assert workers_for(None, [local]) == 2
+    assert workers_for(None, [local, remote]) == 4
+    assert workers_for(None, [local], "s3://bucket/model") == 4
 
 
 @pytest.mark.parametrize("command", [("hf-to-mcore", "a", "b"), ("verify", "a", "b")])

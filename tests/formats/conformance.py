@@ -26,8 +26,8 @@ class ReaderSuite:
 
     def specs(self) -> list[TensorSpec]:
         named = [TensorSpec(self.matrix.format(n, d), (7, 12), DTYPES[d]) for n in range(3) for d in self.dtypes]
-        one, flat = self.vector.format("one"), self.vector.format("flat")
-        return [*named, TensorSpec(one, (1,), DTYPES["fp32"]), TensorSpec(flat, (4099,), DTYPES["bf16"])]
+        single, flat = self.vector.format("one"), self.vector.format("flat")
+        return [*named, TensorSpec(single, (1,), DTYPES["fp32"]), TensorSpec(flat, (4099,), DTYPES["bf16"])]
 
     def reader(self, folder) -> Any:
         raise NotImplementedError
@@ -116,13 +116,13 @@ class FormatSuite(ReaderSuite):
     def test_threads_and_order_do_not_change_a_byte(self, tmp_path):
         self.written(tmp_path / "one")
         self.written(tmp_path / "many", threads=6, step=1)
-        one, many = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()} for n in ("one", "many"))
-        assert one == many
+        single, many = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()} for n in ("one", "many"))
+        assert single == many
 
     def test_files_have_the_announced_sizes(self, tmp_path):
         _, announced = self.written(tmp_path)
-        found = {p.relative_to(tmp_path).as_posix(): p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()}
-        assert found == announced
+        sizes = {p.relative_to(tmp_path).as_posix(): p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()}
+        assert sizes == announced
 
     def test_spans_follow_one_another_and_hold_all_data(self):
         specs = self.specs()

@@ -211,5 +211,5 @@ class TestRankFilesOfFour(TestRankFiles):
 
 def save_rank(folder, model, **sizes):
     folder.mkdir(parents=True)
-    ones = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"), 1)
-    torch.save({"args": argparse.Namespace(**{**ones, **sizes}), "model": model}, folder / "model_optim_rng.pt")
+    defaults = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"), 1)
+    torch.save({"args": argparse.Namespace(**{**defaults, **sizes}), "model": model}, folder / "model_optim_rng.pt")

@@ -43,7 +43,7 @@ def test_a_folder_is_a_model_by_its_content_and_not_by_its_name(tmp_path, name):
     assert detect(LocalFolder(tmp_path / name)) is Format.HUGGINGFACE
 
 
-@pytest.mark.parametrize(("names", "found"), [
+@pytest.mark.parametrize(("names", "expected"), [
     (["model.safetensors.index.json"], Format.HUGGINGFACE),
     (["model-00001-of-00002.safetensors", "pytorch_model.bin", "optimizer.pt", "global_step5/"], Format.HUGGINGFACE),
     (["adapter_model.safetensors"], Format.PEFT),
@@ -61,8 +61,8 @@ def test_a_folder_is_a_model_by_its_content_and_not_by_its_name(tmp_path, name):
     (["shard-00001-model-00001-of-00002.safetensors"], Format.SLICES),
     (["shard-00001-model-00001-of-00001.safetensors", "model.safetensors"], Format.HUGGINGFACE),
 ])  # fmt: skip
-def test_formats_that_are_read(tmp_path, names, found):
-    assert detect(folder_with(tmp_path / "m", *names)) is found
+def test_formats_that_are_read(tmp_path, names, expected):
+    assert detect(folder_with(tmp_path / "m", *names)) is expected
 
 
 def test_a_checkpoint_is_opened_by_its_content(tmp_path):
@@ -111,8 +111,8 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_format_is_named_with_the_way_out(tmp_path, name):
     names, what, way = OTHERS[name]
-    said = message(folder_with(tmp_path / "my model", *names))
-    problem, _, hint = said.partition("\n\nhint: ")
+    text = message(folder_with(tmp_path / "my model", *names))
+    problem, _, hint = text.partition("\n\nhint: ")
     assert str(tmp_path / "my model") in problem
     assert what in problem
     assert way in hint
@@ -146,8 +146,8 @@ def test_another_backend_is_named(tmp_path):
     ["config.json", "model.safetensors.crdownload"], ["config.json", ".cache/huggingface/download/abc.def.incomplete"],
 ])  # fmt: skip
 def test_an_unfinished_download_is_said_to_be_one(tmp_path, names):
-    said = message(folder_with(tmp_path / "m", *names))
-    assert f"`{tmp_path / 'm'}` is an unfinished download: it has `{names[-1]}` and no weights" in said
+    text = message(folder_with(tmp_path / "m", *names))
+    assert f"`{tmp_path / 'm'}` is an unfinished download: it has `{names[-1]}` and no weights" in text
 
 
 @pytest.mark.parametrize("ending", ["aria2", "part", "crdownload"])
@@ -161,17 +161,17 @@ def test_a_file_that_a_download_still_writes_to_is_refused_though_it_has_its_siz
 def test_an_empty_folder_and_one_without_weights(tmp_path):
     (tmp_path / "m").mkdir()
     assert message(LocalFolder(tmp_path / "m")).startswith(f"`{tmp_path / 'm'}` is empty")
-    said = message(folder_with(tmp_path / "m", "config.json", "README.md"))
-    assert "holds no weights: it is neither a Hugging Face directory nor a Megatron checkpoint" in said
-    assert "there are: `README.md`, `config.json`" in said
+    text = message(folder_with(tmp_path / "m", "config.json", "README.md"))
+    assert "holds no weights: it is neither a Hugging Face directory nor a Megatron checkpoint" in text
+    assert "there are: `README.md`, `config.json`" in text
 
 
 def test_a_root_without_a_tracker_says_which_iterations_it_has(tmp_path):
     names = [f"iter_{number:07d}/.metadata" for number in (10, 20)]
-    said = message(folder_with(tmp_path / "run", *names, "iter_0000030/__0_0.distcp"))
-    assert "has no `latest_checkpointed_iteration.txt`" in said
-    assert "`iter_0000010`, `iter_0000020`, `iter_0000030`" in said
-    assert f"give one of them: `{tmp_path / 'run'}/iter_0000020`, `{tmp_path / 'run'}/iter_0000010`" in said
+    text = message(folder_with(tmp_path / "run", *names, "iter_0000030/__0_0.distcp"))
+    assert "has no `latest_checkpointed_iteration.txt`" in text
+    assert "`iter_0000010`, `iter_0000020`, `iter_0000030`" in text
+    assert f"give one of them: `{tmp_path / 'run'}/iter_0000020`, `{tmp_path / 'run'}/iter_0000010`" in text
 
 
 def test_an_iteration_without_its_index_was_never_finished(tmp_path):
@@ -183,14 +183,14 @@ def test_an_iteration_without_its_index_was_never_finished(tmp_path):
 
 def test_a_distributed_checkpoint_of_another_program_is_not_called_megatrons(tmp_path):
     dcp.save({"head.weight": torch.ones(4, 2), "optimizer": {"step": torch.ones(2)}}, checkpoint_id=tmp_path / "x", no_dist=True)
-    said = message(LocalFolder(tmp_path / "x"))
-    assert "is a distributed checkpoint of PyTorch's, but not Megatron's: it holds 2 tensors such as `head.weight`" in said
-    assert "save_pretrained" in said
+    text = message(LocalFolder(tmp_path / "x"))
+    assert "is a distributed checkpoint of PyTorch's, but not Megatron's: it holds 2 tensors such as `head.weight`" in text
+    assert "save_pretrained" in text
     dcp.save({"decoder.layers.mlp.linear_fc2.weight": torch.ones(4, 2)}, checkpoint_id=tmp_path / "mcore", no_dist=True)
     assert detect(LocalFolder(tmp_path / "mcore")) is Format.TORCH_DIST
 
 
-@pytest.mark.parametrize(("names", "found"), [
+@pytest.mark.parametrize(("names", "expected"), [
     (["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"], Format.DCP),
     (["model.model.layers.0.mlp.up_proj.weight", "optimizer.step"], Format.DCP),
     (["transformer.h.0.attn.c_attn.weight"], Format.DCP),
@@ -199,9 +199,9 @@ def test_a_distributed_checkpoint_of_another_program_is_not_called_megatrons(tmp
     (["layers.0.attention.qkv_linear.wq.weight", "state.norm.weight.exp_avg"], Format.TITAN),
     (["model.decoder.layers.0.mlp.linear_fc1.weight"], Format.TORCH_DCP),
 ])  # fmt: skip
-def test_the_names_in_a_distributed_checkpoint_say_whose_it_is(tmp_path, names, found):
+def test_the_names_in_a_distributed_checkpoint_say_whose_it_is(tmp_path, names, expected):
     dcp.save({name: torch.ones(2) for name in names}, checkpoint_id=tmp_path, no_dist=True)
-    assert detect(LocalFolder(tmp_path)) is found
+    assert detect(LocalFolder(tmp_path)) is expected
 
 
 @pytest.mark.parametrize("names", [
@@ -210,9 +210,9 @@ def test_the_names_in_a_distributed_checkpoint_say_whose_it_is(tmp_path, names, 
 ])  # fmt: skip
 def test_weights_in_a_folder_below_are_pointed_at(tmp_path, names):
     below = names[0].rpartition("/")[0]
-    said = message(folder_with(tmp_path / "m", *names))
-    assert f"has no weights itself; its sub-folders do: `{below}`" in said
-    assert f"hint: give one of them: `{tmp_path / 'm'}/{below}`" in said
+    text = message(folder_with(tmp_path / "m", *names))
+    assert f"has no weights itself; its sub-folders do: `{below}`" in text
+    assert f"hint: give one of them: `{tmp_path / 'm'}/{below}`" in text
 
 
 CONTENTS = {

@@ -56,8 +56,8 @@ def again(raw, weight, plain=None, kept=False):
     return out
 
 
-def same(one, other):
-    return one.tobytes() == other.tobytes()
+def same(first, second):
+    return first.tobytes() == second.tobytes()
 
 
 def scales(*shape):

@@ -184,7 +184,7 @@ def test_googles_credentials_become_a_token_once(key, tmp_path: Path, monkeypatc
     with _service_account(key, tmp_path, monkeypatch) as server:
         access = Access()
         headers = [access.headers("https://storage.googleapis.com/x") for _ in range(3)]
-        assert [found["authorization"] for found in headers] == ["Bearer given"] * 3
+        assert [header["authorization"] for header in headers] == ["Bearer given"] * 3
         assert len(server.log) == 1
         access.close()
 

@@ -27,11 +27,11 @@ def test_a_hash_of_pieces_from_threads_is_the_hash_of_the_file(parts, cuts, seed
         at += length
     bounds = [sorted({s.start, s.stop, *(c for c in (s.start + x for x in cuts) if c < s.stop)}) for s in spans if s.size]
     pieces = [pair for bound in bounds for pair in pairwise(bound)]
-    found = {}
-    streams = InOrder(lambda _: spans, lambda _: sha256(), lambda name, digest: found.update({name: digest.digest()}))
+    digests = {}
+    streams = InOrder(lambda _: spans, lambda _: sha256(), lambda name, digest: digests.update({name: digest.digest()}))
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda piece: streams.put("file", piece[0], memoryview(whole)[slice(*piece)]), pieces))
-    assert found == ({"file": sha256(whole).digest()} if pieces else {})
+    assert digests == ({"file": sha256(whole).digest()} if pieces else {})
 
 
 def test_those_who_wait_for_what_will_not_come_are_woken():

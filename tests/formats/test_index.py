@@ -40,7 +40,7 @@ def records(tensors, objects):
     """The records of an index, one by one: what the templates stand for."""
     described, stored = {}, {}
 
-    def place(key, offset, file, start, length):
+    def add_location(key, offset, file, start, length):
         info = {"relative_path": file, "offset": start, "length": length}
         index = record("MetadataIndex", {"fqn": key, "offset": offset, "index": None})
         stored[index] = record("_StorageInfo", info, "torch.distributed.checkpoint.filesystem")
@@ -54,10 +54,10 @@ def records(tensors, objects):
         ]
         described[key] = record("TensorStorageMetadata", {"properties": properties, "size": size(tensor.shape), "chunks": boxes})
         for c in tensor.chunks:
-            place(key, starts(c.region), c.location.file, c.location.offset, c.location.length)
+            add_location(key, starts(c.region), c.location.file, c.location.offset, c.location.length)
     for key, (file, start, length) in objects.items():
         described[key] = record("BytesStorageMetadata", {})
-        place(key, None, FILES[file], start, length)
+        add_location(key, None, FILES[file], start, length)
     fields = {"state_dict_metadata": described, "planner_data": None, "storage_data": stored}
     return record("Metadata", {**fields, "storage_meta": None, "version": "1.0.0"})
 
@@ -84,7 +84,7 @@ def indices(draw):
     return tensors, objects
 
 
-def told(index):
+def contents_of(index):
     tensors = {name: (index.shape(name), index.dtype(name), index.tensor(name).chunks) for name in index.tensors}
     return tensors, {name: index.object(name) for name in index.objects}
 
@@ -93,14 +93,14 @@ def told(index):
 @given(indices())
 def test_an_index_is_written_as_its_records_are_and_read_back(made):
     tensors, objects = made
-    places = np.array(list(objects.values()), np.int64).reshape(-1, 3)
-    document = index_document(tensors, (list(objects), places, FILES))
+    locations = np.array(list(objects.values()), np.int64).reshape(-1, 3)
+    document = index_document(tensors, (list(objects), locations, FILES))
     data = b"".join(document.blocks())
     assert data == dumps(records(tensors, objects))
     assert document.size == len(data)
-    found = told(load_index(data, _index, source="x"))
-    assert found == told(_index(IndexUnpickler(data, patterns=False).load()))
-    assert found[0] == {name: (one.shape, one.dtype, one.chunks) for name, one in tensors.items()}
+    contents = contents_of(load_index(data, _index, source="x"))
+    assert contents == contents_of(_index(IndexUnpickler(data, patterns=False).load()))
+    assert contents[0] == {name: (tensor.shape, tensor.dtype, tensor.chunks) for name, tensor in tensors.items()}
 
 
 def test_what_torch_pickles_is_read_by_patterns_as_without_them(tmp_path):
@@ -123,7 +123,7 @@ def test_what_torch_pickles_is_read_by_patterns_as_without_them(tmp_path):
         kept = {**objects, "w": whole, "v": other} if shared else {"v": other, **objects}
         data = pickle.dumps(md.Metadata(kept, None, {**(stored if shared else {}), **again}))
         (tmp_path / ".metadata").write_bytes(data)
-        assert told(read_index(LocalFolder(tmp_path))) == told(_index(IndexUnpickler(data, patterns=False).load()))
+        assert contents_of(read_index(LocalFolder(tmp_path))) == contents_of(_index(IndexUnpickler(data, patterns=False).load()))
 
 
 def test_a_record_that_is_changed_after_it_was_built_is_read_as_it_became():

@@ -42,8 +42,8 @@ def test_names_that_change_places_change_what_later_records_say(tmp_path):
     data = index(8)
     end = pickle.TUPLE * 2 + pickle.REDUCE + pickle.SETITEMS + pickle.BUILD  # of a chunk
     parts = data.split(end)
-    one, other = number_of(data, "offsets"), number_of(data, "sizes")
-    swapped = pickle.NONE + pickle.MARK + text("sizes", one) + text("offsets", other) + pickle.TUPLE
+    first, second = number_of(data, "offsets"), number_of(data, "sizes")
+    swapped = pickle.NONE + pickle.MARK + text("sizes", first) + text("offsets", second) + pickle.TUPLE
     changed = end.join(parts[:4]) + end[:3] + swapped + end[3:] + end.join(parts[4:])
     chunks = pickle.loads(changed).state_dict_metadata["a"].chunks
     assert (chunks[3].offsets, chunks[4].offsets) == (torch.Size([3, 0]), torch.Size([1, 4]))
@@ -76,14 +76,14 @@ def test_records_that_no_file_can_mean_end_the_use_of_patterns():
     negative = pickle.BININT + struct.pack("<i", -1) + pickle.SETITEMS + pickle.BUILD
     parts = index(3000).split(end)
     data = end.join(parts[:4]) + negative + negative.join(parts[4:])
-    places = load_index(data, lambda loaded: list(loaded["storage_data"].values()), source="index")
-    assert [place["length"] for place in places[-2990:]] == [-1] * 2990
+    locations = load_index(data, lambda loaded: list(loaded["storage_data"].values()), source="index")
+    assert [location["length"] for location in locations[-2990:]] == [-1] * 2990
 
 
 def objects(names):
     """An index of objects alone, each name under its own number."""
-    places = np.array([(0, LENGTH * number, LENGTH) for number in range(len(names))], np.int64)
-    return b"".join(index_document({}, (names, places, ["__0_0.distcp"])).blocks())
+    locations = np.array([(0, LENGTH * number, LENGTH) for number in range(len(names))], np.int64)
+    return b"".join(index_document({}, (names, locations, ["__0_0.distcp"])).blocks())
 
 
 def test_a_number_that_is_given_to_a_second_object_means_that_one_from_then_on(tmp_path):
@@ -93,11 +93,11 @@ def test_a_number_that_is_given_to_a_second_object_means_that_one_from_then_on(t
     (tmp_path / METADATA).write_bytes(data.replace(text("fourth", four), text("fourth", two)).replace(
         pickle.LONG_BINGET + struct.pack("<I", four), pickle.LONG_BINGET + struct.pack("<I", two)
     ))  # fmt: skip
-    found = read_index(LocalFolder(tmp_path))
-    assert found.objects == set(names)
-    assert found.object("fourth").offset == 3 * LENGTH
+    container = read_index(LocalFolder(tmp_path))
+    assert container.objects == set(names)
+    assert container.object("fourth").offset == 3 * LENGTH
     with pytest.raises(UserError, match="gives no location of `second`"):
-        found.object("second")
+        container.object("second")
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xfe", b"\xc3"])

@@ -242,9 +242,9 @@ def test_a_holder_that_slept_too_long_learns_that_the_lock_is_not_its_own(tmp_pa
     os.kill(first.pid, signal.SIGSTOP)
     with lock(tmp_path / "out", run="second", patience=SHORT) as held:
         os.kill(first.pid, signal.SIGCONT)
-        told = first.stdout.readline()
-        assert "was taken from this run" in told
-        assert f"pid `{os.getpid()}`" in told
+        line = first.stdout.readline()
+        assert "was taken from this run" in line
+        assert f"pid `{os.getpid()}`" in line
         assert first.wait() == 0
         held.confirm()
     assert not list(tmp_path.iterdir())

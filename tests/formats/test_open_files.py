@@ -37,11 +37,11 @@ def most(monkeypatch):
 
 def open_below(folder):
     """The files below a folder that this process has open."""
-    found = []
+    paths = []
     for link in os.listdir("/proc/self/fd"):  # noqa: PTH208
         with suppress(FileNotFoundError):  # closed meanwhile by another thread
-            found.append(os.readlink(f"/proc/self/fd/{link}"))  # noqa: PTH115
-    return sorted(path for path in found if path.startswith(str(folder)))
+            paths.append(os.readlink(f"/proc/self/fd/{link}"))  # noqa: PTH115
+    return sorted(path for path in paths if path.startswith(str(folder)))
 
 
 def test_many_files_are_read_and_written_from_threads_with_few_open(tmp_path, most):

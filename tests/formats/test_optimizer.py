@@ -133,7 +133,7 @@ def test_numbered_state_that_is_incomplete_is_named(tmp_path, key, message):
     (path,) = root.glob("*/.metadata")
     index = pickle.loads(path.read_bytes())
     del index.state_dict_metadata[key]
-    index.storage_data = {place: stored for place, stored in index.storage_data.items() if place.fqn != key}
+    index.storage_data = {location: stored for location, stored in index.storage_data.items() if location.fqn != key}
     path.write_bytes(pickle.dumps(index))
     reader = open_megatron(LocalFolder(root))
     with pytest.raises(UserError, match=message):

@@ -28,19 +28,19 @@ class Checkpoint:
     def drop(self, part):
         """Remove all tensors and objects with `part` in their names."""
         index = self._index()
-        index.state_dict_metadata = {name: one for name, one in index.state_dict_metadata.items() if part not in name}
-        index.storage_data = {place: info for place, info in index.storage_data.items() if part not in place.fqn}
+        index.state_dict_metadata = {name: entry for name, entry in index.state_dict_metadata.items() if part not in name}
+        index.storage_data = {key: info for key, info in index.storage_data.items() if part not in key.fqn}
         self._write(index)
 
     def change(self, name, change):
         """Change an object: it is stored anew in a file of its own."""
         index = self._index()
-        place = next(place for place in index.storage_data if place.fqn == name)
-        info = index.storage_data[place]
+        key = next(key for key in index.storage_data if key.fqn == name)
+        info = index.storage_data[key]
         data = (self.folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
         value = torch.load(io.BytesIO(data), weights_only=False)
         (self.folder / "new.distcp").write_bytes(changed := _saved(change(value)))
-        index.storage_data[place] = dataclasses.replace(info, relative_path="new.distcp", offset=0, length=len(changed))
+        index.storage_data[key] = dataclasses.replace(info, relative_path="new.distcp", offset=0, length=len(changed))
         self._write(index)
 
     def args(self, **settings):
@@ -141,10 +141,10 @@ def test_a_model_of_other_layers_is_refused(buckets):
     chunks[0].sizes, chunks[1].sizes = chunks[1].sizes, chunks[0].sizes
     before = tuple(chunks[1].offsets)
     chunks[1].offsets = chunks[0].sizes
-    places = {place: info for place, info in index.storage_data.items() if place.fqn == name and tuple(place.offset) == before}
-    for place, info in places.items():
-        index.storage_data[dataclasses.replace(place, offset=chunks[1].offsets)] = info
-        del index.storage_data[place]
+    moved = {key: info for key, info in index.storage_data.items() if key.fqn == name and tuple(key.offset) == before}
+    for key, info in moved.items():
+        index.storage_data[dataclasses.replace(key, offset=chunks[1].offsets)] = info
+        del index.storage_data[key]
     buckets._write(index)
     for state in ("exp_avg", "exp_avg_sq"):
         buckets.drop(f"{LABEL}.bucket_idx_0.{state}")

@@ -37,7 +37,7 @@ def optimizer(iteration):
 
 def renamed(index, name_of) -> None:
     index.state_dict_metadata = {name_of(name): entry for name, entry in index.state_dict_metadata.items()}
-    index.storage_data = {dataclasses.replace(place, fqn=name_of(place.fqn)): info for place, info in index.storage_data.items()}
+    index.storage_data = {dataclasses.replace(key, fqn=name_of(key.fqn)): info for key, info in index.storage_data.items()}
     index.mcore_data = {name_of(name): entry for name, entry in index.mcore_data.items()}
 
 

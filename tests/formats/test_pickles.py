@@ -79,8 +79,8 @@ def test_what_runs_things_is_refused_by_name_and_never_runs(function, protocol):
 
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_what_nobody_knows_is_read_as_a_record_and_never_runs(protocol):
-    found = pickles.loads(pickle.dumps(Call(run_me, "1"), protocol), source="x")
-    assert (found.kind, found.args) == (Global(__name__, "run_me"), ("1",))
+    record = pickles.loads(pickle.dumps(Call(run_me, "1"), protocol), source="x")
+    assert (record.kind, record.args) == (Global(__name__, "run_me"), ("1",))
     assert not _RAN
 
 
@@ -115,19 +115,19 @@ def test_classes_of_a_fork_are_records_with_what_they_hold(protocol):
         "at": datetime.timedelta(3), "left": collections.defaultdict(list, a=[1]), "queue": collections.deque([1]),
         "ratio": decimal.Decimal("0.1"), "dtype": torch.bfloat16, "kind": int,
     }  # fmt: skip
-    found = pickles.loads(pickle.dumps(argparse.Namespace(**kept), protocol), source="x")
-    assert found.fields.keys() == kept.keys()
-    assert found["act"] == Global(__name__, "run_me")
-    assert found["left"].fields == {"a": [1]}
+    record = pickles.loads(pickle.dumps(argparse.Namespace(**kept), protocol), source="x")
+    assert record.fields.keys() == kept.keys()
+    assert record["act"] == Global(__name__, "run_me")
+    assert record["left"].fields == {"a": [1]}
     if protocol > 2:
-        assert found["schedule"]["steps"] == [1, 2]
-    assert {one.module for one in pickles.others(found)} == {__name__}
+        assert record["schedule"]["steps"] == [1, 2]
+    assert {other.module for other in pickles.others(record)} == {__name__}
 
 
 def test_a_dict_of_a_fork_has_its_items():
-    found = pickles.loads(pickle.dumps(Settings(tp=2, nested=Settings(a=1)), 2), source="x")
-    assert found["tp"] == 2
-    assert found["nested"].fields == {"a": 1}
+    record = pickles.loads(pickle.dumps(Settings(tp=2, nested=Settings(a=1)), 2), source="x")
+    assert record["tp"] == 2
+    assert record["nested"].fields == {"a": 1}
 
 
 def test_names_in_what_refers_to_itself_are_found():

@@ -149,8 +149,8 @@ def test_experts_of_either_kind_are_numbered_as_in_the_whole_model(tmp_path, kin
     for ep in range(2):
         mine = range(2 * ep, 2 * ep + 2)
         grouped = {f"{at}linear_fc{n}.weight{e % 2}": w[e] for e in mine for n, w in ((1, fc1), (2, fc2))}
-        one, two = (torch.stack([w[e].T for e in mine]) for w in (fc1, fc2))
-        turned = {f"{at}weight1": one.reshape(4, -1), f"{at}weight2": two.reshape(-1, 4)}
+        weight1, weight2 = (torch.stack([w[e].T for e in mine]) for w in (fc1, fc2))
+        turned = {f"{at}weight1": weight1.reshape(4, -1), f"{at}weight2": weight2.reshape(-1, 4)}
         ranks[f"mp_rank_00_{ep:03d}"] = {**layer(0, 0), **(grouped if kind == "grouped" else turned)}
     held = values(saved(tmp_path, ranks, expert_model_parallel_size=2, num_experts=4))
     for e in range(4):
@@ -166,9 +166,9 @@ def test_transposed_experts_that_ranks_divide_are_whole_with_gates_first(tmp_pat
     at, ranks = "decoder.layers.0.mlp.experts.", {}
     for tp in range(2):
         mine = slice(3 * tp, 3 * tp + 3)
-        one = torch.cat([gate[:, mine], up[:, mine]], dim=1).transpose(1, 2)
-        two = down[:, :, mine].transpose(1, 2)
-        turned = {f"{at}weight1": one.reshape(4, -1), f"{at}weight2": two.reshape(-1, 4)}
+        weight1 = torch.cat([gate[:, mine], up[:, mine]], dim=1).transpose(1, 2)
+        weight2 = down[:, :, mine].transpose(1, 2)
+        turned = {f"{at}weight1": weight1.reshape(4, -1), f"{at}weight2": weight2.reshape(-1, 4)}
         ranks[f"mp_rank_{tp:02d}"] = {**layer(0, 0), **turned}
     held = values(saved(tmp_path, ranks, tensor_model_parallel_size=2, num_experts=2))
     for e in range(2):
@@ -195,8 +195,8 @@ def test_a_rank_that_is_missing_or_too_many_is_named(tmp_path):
 
 def test_a_rank_of_another_run_is_named_with_both_values(tmp_path):
     other = unpacked("ranks_ep2", tmp_path / "other") / "iter_0000003" / "mp_rank_00_000" / FILE
-    said = damaged(tmp_path, lambda folder: shutil.copy(other, folder / "mp_rank_01_001" / FILE))
-    assert "`tensor_model_parallel_size` is 2 in `mp_rank_00_000/model_optim_rng.pt` and 1 in `mp_rank_01_001" in said
+    message = damaged(tmp_path, lambda folder: shutil.copy(other, folder / "mp_rank_01_001" / FILE))
+    assert "`tensor_model_parallel_size` is 2 in `mp_rank_00_000/model_optim_rng.pt` and 1 in `mp_rank_01_001" in message
 
 
 def test_a_rank_of_another_iteration_or_cut_off_is_named(tmp_path):
@@ -204,8 +204,8 @@ def test_a_rank_of_another_iteration_or_cut_off_is_named(tmp_path):
         path = folder / "mp_rank_01_000" / FILE
         torch.save({**torch.load(path, weights_only=False), "iteration": 5}, path)
 
-    said = damaged(tmp_path / "1", later)
-    assert "`iteration` is 3 in `mp_rank_00_000/model_optim_rng.pt` and 5 in `mp_rank_01_000/model_optim_rng.pt`" in said
+    message = damaged(tmp_path / "1", later)
+    assert "`iteration` is 3 in `mp_rank_00_000/model_optim_rng.pt` and 5 in `mp_rank_01_000/model_optim_rng.pt`" in message
     short = damaged(tmp_path / "2", lambda folder: os.truncate(folder / "mp_rank_01_001" / FILE, 5000))
     assert "`mp_rank_01_001/model_optim_rng.pt` is not a valid torch archive" in short
 
@@ -217,8 +217,8 @@ def test_a_copy_that_differs_is_named(tmp_path):
         state["model"]["decoder.layers.0.input_layernorm.weight"][3] += 1
         torch.save(state, path)
 
-    said = damaged(tmp_path, flip)
-    assert "`decoder.layers.0.input_layernorm.weight` should be the same in `mp_rank_00_000/" in said
+    message = damaged(tmp_path, flip)
+    assert "`decoder.layers.0.input_layernorm.weight` should be the same in `mp_rank_00_000/" in message
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path):

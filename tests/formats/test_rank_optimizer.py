@@ -66,9 +66,9 @@ class Buffer:
         kept = torch.cat([torch.arange(start, start + size) for (start, _), size in spans])
         tensors = dict(zip(STATES, whole[:, kept].contiguous().clone(), strict=True), numel_unpadded=len(kept))
         self.optimizer = {"buckets_coalesced": True, 0: {(torch.bfloat16, torch.float32): {**tensors}}}
-        places = {name: layout.param_index_map[weight][:2] for name, weight in self.weights.items()}
-        self.model = {name: self.storage[start:stop] for name, (start, stop) in places.items()}
-        self.state = {name: whole[:, start:stop] for name, (start, stop) in places.items()}
+        ranges = {name: layout.param_index_map[weight][:2] for name, weight in self.weights.items()}
+        self.model = {name: self.storage[start:stop] for name, (start, stop) in ranges.items()}
+        self.state = {name: whole[:, start:stop] for name, (start, stop) in ranges.items()}
 
     def save(self, folder, **args):
         sizes = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"), 1)
@@ -161,8 +161,8 @@ def test_masters_that_some_weights_lack_are_named(tmp_path):
     changes = (
         (f"mp_rank_00_00{ep}/{FILE}", lambda content: drop(content["optimizer"][1], "fp32_from_fp16_params")) for ep in (0, 1)
     )
-    said = refused(unpacked("ranks_plain_ep2", tmp_path), *changes)
-    assert "has `exp_avg` of `decoder.layers.0.mlp.experts.0.linear_fc1.weight`, and no `param`" in said
+    message = refused(unpacked("ranks_plain_ep2", tmp_path), *changes)
+    assert "has `exp_avg` of `decoder.layers.0.mlp.experts.0.linear_fc1.weight`, and no `param`" in message
 
 
 def test_state_of_another_rank_is_named(tmp_path):
@@ -178,9 +178,9 @@ def test_hyper_parameters_that_differ_are_named_with_both_values(tmp_path):
     def faster(content):
         content["optimizer"]["optimizer"]["param_groups"][1]["lr"] = 0.5
 
-    said = refused(unpacked(DISTRIBUTED, tmp_path), (f"mp_rank_01_001/{FILE}", faster))
-    assert "`lr` of a parameter group is 0.0047" in said
-    assert "`mp_rank_00_000/model_optim_rng.pt` and 0.5 in `mp_rank_01_001/model_optim_rng.pt`" in said
+    message = refused(unpacked(DISTRIBUTED, tmp_path), (f"mp_rank_01_001/{FILE}", faster))
+    assert "`lr` of a parameter group is 0.0047" in message
+    assert "`mp_rank_00_000/model_optim_rng.pt` and 0.5 in `mp_rank_01_001/model_optim_rng.pt`" in message
 
 
 def test_copies_of_state_that_differ_are_named(tmp_path):
@@ -192,8 +192,8 @@ def test_copies_of_state_that_differ_are_named(tmp_path):
 
     names = ("decoder.layers.0.input_layernorm.weight", "embedding.word_embeddings.weight")
     for name, rank, change in zip(names, ("mp_rank_01_000", "mp_rank_01_001"), (norm, embedding), strict=True):
-        said = refused(unpacked(PLAIN, tmp_path / name), (f"{rank}/{FILE}", change))
-        assert f"`{name}` should be the same in `mp_rank_0" in said
+        message = refused(unpacked(PLAIN, tmp_path / name), (f"{rank}/{FILE}", change))
+        assert f"`{name}` should be the same in `mp_rank_0" in message
 
 
 def plain(change):

@@ -23,9 +23,9 @@ from tests.servers import HOST, Fault, WebServer
 
 
 @pytest.fixture(params=KINDS)
-def place(request, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, moto: int) -> Iterator[Place]:
-    with served(request.param, files, monkeypatch, moto) as place:
-        yield place
+def server(request, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, moto: int) -> Iterator[Place]:
+    with served(request.param, files, monkeypatch, moto) as server:
+        yield server
 
 
 def read(folder: Folder, name: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -34,10 +34,10 @@ def read(folder: Folder, name: str, offset: int = 0, length: int | None = None) 
     return bytes(out)
 
 
-def test_a_remote_folder_equals_the_local_one(place: Place, files: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_remote_folder_equals_the_local_one(server: Place, files: dict[str, bytes], tmp_path: Path) -> None:
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    remote, local = place.open(), LocalFolder(tmp_path)
+    remote, local = server.open(), LocalFolder(tmp_path)
     assert remote.files() == local.files()
     assert remote.children() == local.children()
     assert {name: remote.get(name) for name in files} == files
@@ -51,11 +51,11 @@ def test_a_remote_folder_equals_the_local_one(place: Place, files: dict[str, byt
     remote.close()
 
 
-def test_folders_below_are_folders(place: Place) -> None:
+def test_folders_below_are_folders(server: Place) -> None:
     for name in ("iter_0000000/.metadata", "iter_0000000/__0_0.distcp", ".cache/huggingface/x.lock"):
-        place.put(name, b"data of " + name.encode())
-    place.put("latest_checkpointed_iteration.txt", b"0")
-    folder = place.open()
+        server.put(name, b"data of " + name.encode())
+    server.put("latest_checkpointed_iteration.txt", b"0")
+    folder = server.open()
     assert "iter_0000000/" in folder.children()
     assert folder.below("iter_0000000").get("__0_0.distcp") == b"data of iter_0000000/__0_0.distcp"
     assert folder.below("iter_0000000").name == "iter_0000000"
@@ -65,83 +65,83 @@ def test_folders_below_are_folders(place: Place) -> None:
     folder.close()
 
 
-def test_dropped_connections_are_taken_up_where_they_broke(place: Place, files: dict[str, bytes]) -> None:
-    folder = place.open()
+def test_dropped_connections_are_taken_up_where_they_broke(server: Place, files: dict[str, bytes]) -> None:
+    folder = server.open()
     folder.size(BIG)
-    place.cutter.cut(4, after=5000)
+    server.cutter.cut(4, after=5000)
     assert read(folder, BIG, 11, 200_000) == files[BIG][11:200_011]
-    assert place.cutter.left == 0
+    assert server.cutter.left == 0
     folder.close()
 
 
 @pytest.mark.parametrize("after", [20, 100, 200])
 def test_lists_and_sizes_that_are_cut_off_in_the_headers_are_asked_for_again(
-    place: Place, files: dict[str, bytes], after: int
+    server: Place, files: dict[str, bytes], after: int
 ) -> None:
-    folder = place.open()
-    place.cutter.cut(2, after=after)
+    folder = server.open()
+    server.cutter.cut(2, after=after)
     assert BIG in folder.files()
-    later = place.open()
-    place.cutter.cut(2, after=after)
+    later = server.open()
+    server.cutter.cut(2, after=after)
     assert later.size(BIG) == len(files[BIG])
     assert later.get("config.json") == files["config.json"]
     folder.close()
     later.close()
 
 
-def test_connections_that_never_hold_are_an_error_that_names_file_and_range(place: Place) -> None:
-    folder = place.open(RetryPolicy(attempts=3, first=0.001, longest=0.001, silence=60))
+def test_connections_that_never_hold_are_an_error_that_names_file_and_range(server: Place) -> None:
+    folder = server.open(RetryPolicy(attempts=3, first=0.001, longest=0.001, silence=60))
     folder.size(BIG)
-    place.cutter.cut(100, after=400)
+    server.cutter.cut(100, after=400)
     with pytest.raises(UserError, match=rf"reading `{BIG}` from byte 100 to 200100 failed 3 times; the last time: ") as caught:
         read(folder, BIG, 100, 200_000)
-    place.cutter.cut(0, after=0)
+    server.cutter.cut(0, after=0)
     assert SECRET not in str(caught.value)
     folder.close()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hf"])
 def test_another_version_is_an_error(kind: str, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, moto: int) -> None:
-    with served(kind, files, monkeypatch, moto) as place:
-        folder = place.open()
+    with served(kind, files, monkeypatch, moto) as server:
+        folder = server.open()
         before = folder.version(BIG)
         read(folder, BIG, 0, 100_000)
-        place.put(BIG, os.urandom(len(files[BIG])))
+        server.put(BIG, os.urandom(len(files[BIG])))
         with pytest.raises(UserError, match=rf"`{BIG}` changed while it was being read: (ETag|generation) was `.+`, is `.+`"):
             read(folder, BIG, 100_000, 100_000)
-        later = place.open()
+        later = server.open()
         assert later.version(BIG) != before
         folder.close()
         later.close()
 
 
-def test_four_threads_read_at_once(place: Place, files: dict[str, bytes]) -> None:
-    folder = place.open()
+def test_four_threads_read_at_once(server: Place, files: dict[str, bytes]) -> None:
+    folder = server.open()
     spans = [(at, min(20_000, 300_000 - at)) for at in range(0, 300_000, 20_000)]
-    place.cutter.cut(3, after=2000)
+    server.cutter.cut(3, after=2000)
     with ThreadPoolExecutor(4) as pool:
         parts = list(pool.map(lambda span: read(folder, BIG, *span), spans))
     assert b"".join(parts) == files[BIG]
     folder.close()
 
 
-def test_reading_past_the_end_is_an_error(place: Place) -> None:
-    folder = place.open()
+def test_reading_past_the_end_is_an_error(server: Place) -> None:
+    folder = server.open()
     with pytest.raises(UserError, match="ends at byte 300000, but its header promises data up to 300001"):
         read(folder, BIG, 299_000, 1001)
     folder.close()
 
 
-def test_secrets_stand_in_no_label(place: Place) -> None:
-    folder = place.open()
+def test_secrets_stand_in_no_label(server: Place) -> None:
+    folder = server.open()
     assert SECRET not in folder.label + folder.version(BIG) + folder.name
     folder.close()
 
 
 @pytest.mark.parametrize("kind", ["hf", "s3"])
 def test_hashes_are_told_where_they_are_known(kind: str, files, monkeypatch: pytest.MonkeyPatch, moto: int) -> None:
-    with served(kind, files, monkeypatch, moto) as place:
-        folder = place.open()
+    with served(kind, files, monkeypatch, moto) as server:
+        folder = server.open()
         folder.files()
         assert folder.sha256(BIG) == hashlib.sha256(files[BIG]).hexdigest()
         assert folder.sha256("config.json") is None

@@ -156,14 +156,15 @@ def test_a_killed_rank_0_is_named_by_the_others_and_its_lock_recovered(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("failing", "act", "said"), [(0, "fail", "ends too early"), (1, "fail", "ends too early"), (2, "break", "ZeroDivisionError")]
+    ("failing", "act", "message"),
+    [(0, "fail", "ends too early"), (1, "fail", "ends too early"), (2, "break", "ZeroDivisionError")],
 )
-def test_a_rank_that_fails_stops_the_others_without_waiting_for_silence(tmp_path, start, failing, act, said):
+def test_a_rank_that_fails_stops_the_others_without_waiting_for_silence(tmp_path, start, failing, act, message):
     ranks = start(3, acts={failing: act})
     for number, rank in enumerate(ranks):
         code, error = rank.end()
         assert code == 1
-        assert said in error
+        assert message in error
         if number != failing:
             assert f"rank `{failing}` (pid `{ranks[failing].pid}`" in error
     assert names(tmp_path) == ["out.partial-1"]

@@ -25,10 +25,10 @@ def anything(_found):
 
 
 @contextmanager
-def staging(tmp_path, *, name="a1", manifest=None, rule=None, resume=False, said=None):
+def staging(tmp_path, *, name="a1", manifest=None, rule=None, resume=False, notes=None):
     """A stage for `tmp_path/out`, as one process alone has it."""
     partial, target = tmp_path / f"out.partial-{name}", tmp_path / "out"
-    options = {"rule": rule, "resume": resume, "note": (said if said is not None else []).append}
+    options = {"rule": rule, "resume": resume, "note": (notes if notes is not None else []).append}
     with (
         Rendezvous(tmp_path / "ranks", 0, 1, "alone", target=target) as together,
         staged(target, partial, manifest or MANIFEST, together, **options) as stage,
@@ -65,21 +65,21 @@ def test_the_target_appears_when_the_block_ends_well(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt(), TransientError("the network went away")], ids=repr)
 def test_a_failure_leaves_what_is_worth_it_and_says_so(tmp_path, error):
-    said: list[str] = []
-    assert not fail(tmp_path, error, worth_keeping=False, said=said)
-    assert not said
-    assert fail(tmp_path, error, said=said) == ["out.partial-a1", "out.partial-a1.state"]
-    assert said[0].startswith(f"`{tmp_path / 'out.partial-a1'}` keeps what is done: finish it with the same command and `--res")
+    notes: list[str] = []
+    assert not fail(tmp_path, error, worth_keeping=False, notes=notes)
+    assert not notes
+    assert fail(tmp_path, error, notes=notes) == ["out.partial-a1", "out.partial-a1.state"]
+    assert notes[0].startswith(f"`{tmp_path / 'out.partial-a1'}` keeps what is done: finish it with the same command and `--res")
     with staging(tmp_path, resume=True) as stage:
         assert (stage.resumed, stage.worth_keeping) == (True, True)
     assert tree(tmp_path) == {"out/done": b"x"}
 
 
 def test_nothing_is_left_of_what_would_fail_again_or_is_not_to_be_trusted(tmp_path):
-    said: list[str] = []
-    assert not fail(tmp_path, UserError("the source is damaged"), said=said)
-    assert not fail(tmp_path, ValueError("two bytes differ"), said=said, spoilt=True)
-    assert not said
+    notes: list[str] = []
+    assert not fail(tmp_path, UserError("the source is damaged"), notes=notes)
+    assert not fail(tmp_path, ValueError("two bytes differ"), notes=notes, spoilt=True)
+    assert not notes
 
 
 def test_what_was_left_is_named_with_both_ways_out(tmp_path):
@@ -147,7 +147,7 @@ def test_an_old_output_goes_when_the_new_one_is_whole(tmp_path, monkeypatch, exc
 
 def test_who_is_stopped_right_after_the_commit_leaves_the_new_output_alone(tmp_path, monkeypatch):
     """The old one lies where the new one was made: nobody must go on there."""
-    said: list[str] = []
+    notes: list[str] = []
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
 
@@ -157,9 +157,9 @@ def test_who_is_stopped_right_after_the_commit_leaves_the_new_output_alone(tmp_p
 
     monkeypatch.setattr("formats.staging.sync", stopped)
     with pytest.raises(KeyboardInterrupt):
-        attempt(tmp_path, rule=anything, said=said)
+        attempt(tmp_path, rule=anything, notes=notes)
     assert tree(tmp_path) == {"out/done": b"x"}
-    assert not said
+    assert not notes
 
 
 @pytest.fixture
@@ -174,10 +174,10 @@ def killed_between(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"name": "b2"}], ids=str)
 def test_an_old_output_without_its_name_gets_it_back_whatever_the_next_run_is(tmp_path, killed_between, options):
-    said: list[str] = []
+    notes: list[str] = []
     with pytest.raises(UserError, match=f"`{tmp_path / 'out'}` already exists"):
-        attempt(tmp_path, said=said, **options)
-    assert said == [f"`{tmp_path / 'out'}` was restored from `{killed_between}`, where an interrupted run had moved it"]
+        attempt(tmp_path, notes=notes, **options)
+    assert notes == [f"`{tmp_path / 'out'}` was restored from `{killed_between}`, where an interrupted run had moved it"]
     assert tree(tmp_path / "out") == {"old": b"old"}
     assert tree(tmp_path / "out.partial-a1") == {"done": b"x"}
 
@@ -224,10 +224,10 @@ def test_what_comes_between_the_last_look_and_the_rename_is_not_removed(tmp_path
     out.mkdir()
     (out / "old").write_text("old")
 
-    def late(one, other):
+    def late(first, second):
         monkeypatch.undo()
         (out / "late").write_text("late")
-        return exchange(one, other)
+        return exchange(first, second)
 
     monkeypatch.setattr("formats.staging._exchange", late)
     with pytest.raises(TransientError) as caught:
@@ -245,7 +245,7 @@ def test_what_comes_between_the_last_look_and_the_rename_is_not_removed(tmp_path
 
 
 def test_an_old_output_that_cannot_get_its_name_back_is_named(tmp_path, monkeypatch):
-    said: list[str] = []
+    notes: list[str] = []
     (tmp_path / "out").mkdir()
     monkeypatch.setattr("formats.staging._exchange", lambda *_: False)
     rename = Path.rename
@@ -257,15 +257,15 @@ def test_an_old_output_that_cannot_get_its_name_back_is_named(tmp_path, monkeypa
 
     monkeypatch.setattr(Path, "rename", first_only)
     with pytest.raises(UserError, match="cannot use"):
-        attempt(tmp_path, rule=anything, said=said)
+        attempt(tmp_path, rule=anything, notes=notes)
     old = tmp_path / "out.partial-a1.replaced"
-    assert said[-1] == f"`{tmp_path / 'out'}` as it was before is `{old}`: rename it, or the next run restores it"
+    assert notes[-1] == f"`{tmp_path / 'out'}` as it was before is `{old}`: rename it, or the next run restores it"
     assert old.is_dir()
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchanged at once", "where the file system cannot"])
 def test_what_could_not_be_removed_is_named_and_the_output_stands(tmp_path, monkeypatch, exchange):
-    said: list[str] = []
+    notes: list[str] = []
     if not exchange:
         monkeypatch.setattr("formats.staging._exchange", lambda *_: False)
     (tmp_path / "out").mkdir()
@@ -279,9 +279,9 @@ def test_what_could_not_be_removed_is_named_and_the_output_stands(tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", busy)
-        attempt(tmp_path, rule=anything, said=said)
+        attempt(tmp_path, rule=anything, notes=notes)
     left = tmp_path / ("out.partial-a1" if exchange else "out.partial-a1.replaced")
-    assert said == [f"`{left}` is not needed any more and could not be removed (Device or resource busy): `rm -r {left}`"]
+    assert notes == [f"`{left}` is not needed any more and could not be removed (Device or resource busy): `rm -r {left}`"]
     assert tree(tmp_path) == {"out/done": b"x", f"{left.name}/old": b"old"}
 
 

@@ -96,9 +96,9 @@ def test_a_record_of_more_than_4_gib_is_framed_with_zip64(tmp_path):
         assert archive.getinfo("archive/data/0").file_size == frame.size
         assert archive.read("archive/version") == b"3\n"
     with path.open("rb") as file:
-        found = OpenArchive(lambda at, size: (file.seek(at), file.read(size))[1], frame.length, source="big")
-        assert found.locate("data/0") == (len(frame.before), frame.size)
-        stored, start = found.tensor(found.pickle())
+        reader = OpenArchive(lambda at, size: (file.seek(at), file.read(size))[1], frame.length, source="big")
+        assert reader.locate("data/0") == (len(frame.before), frame.size)
+        stored, start = reader.tensor(reader.pickle())
     assert (stored.shape, start) == ((1 << 17, 20_000), len(frame.before))
     loaded = torch.load(path, weights_only=True, mmap=True)
     assert loaded.shape == (1 << 17, 20_000)

@@ -60,7 +60,7 @@ def files() -> dict[str, bytes]:
 def fill(upload: Upload, files: dict[str, bytes], *, piece: int = 3 * MIB + 7) -> None:
     """As the converter does: pieces in order within a file, several files at once, memory that is used again."""
 
-    def one(name: str) -> None:
+    def send(name: str) -> None:
         data, buffer = files[name], bytearray(piece)
         sink = upload.open(name, len(data))
         for at in range(0, len(data), piece):
@@ -70,7 +70,7 @@ def fill(upload: Upload, files: dict[str, bytes], *, piece: int = 3 * MIB + 7) -
         sink.close()
 
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(one, files))
+        list(pool.map(send, files))
 
 
 def opened(store: Store, **options) -> Upload:
@@ -144,20 +144,20 @@ def anything(_found: Present) -> None:
 
 
 def test_the_rule_sees_all_that_is_there_and_what_it_refuses_stays(store: Store) -> None:
-    there = {"holidays/photo.jpg": b"precious", "model.safetensors": b"precious too", "conversion.json": b"x" * 100}
-    for name, data in there.items():
+    existing = {"holidays/photo.jpg": b"precious", "model.safetensors": b"precious too", "conversion.json": b"x" * 100}
+    for name, data in existing.items():
         store.put(name, data)
     seen: list[bytes] = []
 
-    def rule(found: Present) -> None:
-        assert (found.label, set(found.entries)) == (store.url, set(there))
-        seen.append(found.read("conversion.json"))
+    def rule(present: Present) -> None:
+        assert (present.label, set(present.entries)) == (store.url, set(existing))
+        seen.append(present.read("conversion.json"))
         raise UserError("the rule's own words")
 
     with pytest.raises(UserError, match="the rule's own words"):
         opened(store, rule=rule)
-    assert seen == [there["conversion.json"]]
-    assert store.objects() == there
+    assert seen == [existing["conversion.json"]]
+    assert store.objects() == existing
 
 
 def test_a_whole_bucket_is_never_replaced(store: Store) -> None:
@@ -285,8 +285,8 @@ def test_the_memory_of_parts_is_freed_as_they_are_sent(bucket: Store, google: Go
         for _ in range(40):
             sink.update(piece)
             assert upload.held <= 16 * MIB
-            alive = [one for one in gc.get_objects() if type(one) is MemoryPart]
-            most = max(most, sum(one.size for one in alive if hasattr(one, "_data")))
+            alive = [part for part in gc.get_objects() if type(part) is MemoryPart]
+            most = max(most, sum(part.size for part in alive if hasattr(part, "_data")))
         sink.close()
     assert 8 * MIB <= most <= 16 * MIB
 

@@ -73,9 +73,9 @@ def decoded(monkeypatch) -> Counter[str]:
 
 @pytest.mark.parametrize("kind", LISTED)
 def test_compressed_arrays_of_servers_are_those_of_a_disk(local, monkeypatch, moto, kind, decoded):
-    with served(kind, tree(local), monkeypatch, moto) as place:
-        reader = checked(place.open())
-        place.cutter.cut(2, after=900)
+    with served(kind, tree(local), monkeypatch, moto) as server:
+        reader = checked(server.open())
+        server.cutter.cut(2, after=900)
         assert bands(reader).tobytes() == VALUES.tobytes()
         reader.close()
     assert decoded == {f"{NAME}/{row}.{column}": 1 for row in range(3) for column in range(3)}

@@ -52,7 +52,7 @@ DAMAGED = {
     "B is missing": (lambda w: w.pop(f"{Q}.lora_B.weight"), rf"lacks `{Q}.lora_B.weight`"),
     "A is missing": (lambda w: w.pop(f"{Q}.lora_A.weight"), rf"lacks `{Q}.lora_A.weight`"),
     "both are missing": (
-        lambda w: [w.pop(f"{Q}.lora_{one}.weight") for one in "AB"],
+        lambda w: [w.pop(f"{Q}.lora_{letter}.weight") for letter in "AB"],
         r"requests an adapter for `model.layers.0.self_attn.q_proj.weight`, but `adapter_model.safetensors` holds none",
     ),
     "rank of A": (
@@ -87,11 +87,13 @@ DAMAGED = {
         r"holds `.*lora_magnitude_vector`, which a lora does not have",
     ),
     "a module that is no target": (
-        lambda w: w.update({f"base_model.model.lm_head.lora_{one}.weight": torch.ones(4, 4) for one in "AB"}),
+        lambda w: w.update({f"base_model.model.lm_head.lora_{letter}.weight": torch.ones(4, 4) for letter in "AB"}),
         r"an adapter for `lm_head`, which `target_modules` in `adapter_config.json` leaves out",
     ),
     "a fifth layer": (
-        lambda w: w.update({f"{Q.replace('.0.', '.4.')}.lora_{one}.weight": w[f"{Q}.lora_{one}.weight"].clone() for one in "AB"}),
+        lambda w: w.update(
+            {f"{Q.replace('.0.', '.4.')}.lora_{letter}.weight": w[f"{Q}.lora_{letter}.weight"].clone() for letter in "AB"}
+        ),
         r"adapter for `model.layers.4.self_attn.q_proj.weight`, which Megatron has no adapter for",
     ),
     "nothing": (lambda w: w.clear(), r"`adapter_model.safetensors` holds no tensors"),

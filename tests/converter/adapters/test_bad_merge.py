@@ -29,9 +29,9 @@ def adapter(peft_folder, tmp_path):
 
 
 def edit(folder, change, *, file=FILE):
-    found = load_file(folder / file)
-    change(found)
-    save_file(found, folder / file, {"format": "pt"})
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file, {"format": "pt"})
 
 
 def refused(base, adapter, tmp_path, **options):
@@ -61,7 +61,7 @@ def test_weights_of_another_shape(model_folder, adapter, tmp_path):
 
 
 def test_values_that_are_not_finite(base, adapter, tmp_path):
-    edit(adapter, lambda found: found[f"{QUERY}.lora_B.weight"][3, 1].fill_(float("nan")))
+    edit(adapter, lambda tensors: tensors[f"{QUERY}.lora_B.weight"][3, 1].fill_(float("nan")))
     text = refused(base, adapter, tmp_path)
     assert "the adapter of `model.layers.0.self_attn.q_proj.weight` holds values that are not finite" in text
 
@@ -69,7 +69,9 @@ def test_values_that_are_not_finite(base, adapter, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
 def test_a_base_to_which_nothing_can_be_added(base, adapter, tmp_path, dtype):
     shutil.copytree(base, tmp_path / "base")
-    edit(tmp_path / "base", lambda found: found.update({n: t.to(dtype) for n, t in found.items()}), file="model.safetensors")
+    edit(
+        tmp_path / "base", lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items()}), file="model.safetensors"
+    )
     name = {torch.float64: "fp64", torch.float8_e4m3fn: "fp8_e4m3"}[dtype]
     text = refused(tmp_path / "base", adapter, tmp_path)
     assert f"`model.layers.0.self_attn.q_proj.weight` is {name}, to which nothing can be added" in text

@@ -37,8 +37,8 @@ def test_parameters_of_experts_come_back_to_the_bit(asked, tmp_path):
     adapter_to_mcore(adapter, tmp_path / "m", base=base, canonical=False, verify=True)
     adapter_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
     assert (tmp_path / "back" / TENSORS).read_bytes() == (adapter / TENSORS).read_bytes()
-    there = json.loads((tmp_path / "back" / CONFIG).read_text())
-    assert {name: set(there[name]) for name in asked} == {name: set(names) for name, names in asked.items()}
+    config = json.loads((tmp_path / "back" / CONFIG).read_text())
+    assert {name: set(config[name]) for name in asked} == {name: set(names) for name, names in asked.items()}
 
 
 @pytest.mark.parametrize("canonical", [False, True], ids=["shared", "canonical"])

@@ -62,8 +62,8 @@ def test_an_adapter_comes_back_to_the_bit(made, tmp_path):
     adapter_to_mcore(adapter, tmp_path / "m", base=base, verify=True)
     adapter_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
     assert (tmp_path / "back" / TENSORS).read_bytes() == (adapter / TENSORS).read_bytes()
-    there = json.loads((tmp_path / "m" / "iter_0000000" / "conversion.json").read_text())
-    assert there["blake3"] == json.loads((tmp_path / "back" / "conversion.json").read_text())["blake3"]
+    record = json.loads((tmp_path / "m" / "iter_0000000" / "conversion.json").read_text())
+    assert record["blake3"] == json.loads((tmp_path / "back" / "conversion.json").read_text())["blake3"]
     again = with_adapter(base, tmp_path / "back").state_dict()
     assert {name for name in again if "lora_" in name} == {name for name in with_adapter(base, adapter).state_dict()
                                                            if "lora_" in name}  # fmt: skip
@@ -111,8 +111,8 @@ def test_files_without_the_prefix_of_the_modules_have_the_same_adapters(gpt2, tm
     expected = merged_by_peft(base, adapter, tmp_path / "expected")
     hf_to_mcore(base, tmp_path / "base")
     assert fingerprint(tmp_path / "base") == fingerprint(base)
-    for one, other in ((base, adapter), (tmp_path / "base", tmp_path / "m")):
-        merge(one, other, tmp_path / "merged", to="hf", overwrite=True)
+    for base_path, adapter_path in ((base, adapter), (tmp_path / "base", tmp_path / "m")):
+        merge(base_path, adapter_path, tmp_path / "merged", to="hf", overwrite=True)
         merged, plain = load_file(tmp_path / "merged" / WEIGHTS), load_file(base / WEIGHTS)
         assert merged.keys() == plain.keys()
         assert sum(not merged[name].equal(plain[name]) for name in merged) == 4 * 4
@@ -126,7 +126,9 @@ def test_targets_name_one_of_two_modules_with_the_same_last_name(gpt2, tmp_path)
     adapter_to_hf(tmp_path / "m", tmp_path / "back")
     config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is True
-    assert config["target_modules"] == sorted(f"transformer.h.{n}.attn.{one}" for n in range(4) for one in ("c_attn", "c_proj"))
+    assert config["target_modules"] == sorted(
+        f"transformer.h.{n}.attn.{module}" for n in range(4) for module in ("c_attn", "c_proj")
+    )
     assert (tmp_path / "back" / TENSORS).read_bytes() == (adapter / TENSORS).read_bytes()
 
 

@@ -60,11 +60,11 @@ def names(folder):
 
 def test_training_any_one_tensor_changes_it(model_folder, tmp_path):
     folder = model_folder("gqa")
-    found = {fingerprint(folder)}
+    fingerprints = {fingerprint(folder)}
     for number, name in enumerate(names(folder)):
-        one = changed(folder, tmp_path / str(number), lambda weights, name=name: weights[name].add_(1e-4))
-        found.add(fingerprint(one))
-    assert len(found) == len(names(folder)) + 1
+        copy = changed(folder, tmp_path / str(number), lambda weights, name=name: weights[name].add_(1e-4))
+        fingerprints.add(fingerprint(copy))
+    assert len(fingerprints) == len(names(folder)) + 1
 
 
 def test_rows_that_change_places_change_it(model_folder, tmp_path):
@@ -106,5 +106,5 @@ def test_missing_weights_are_named(model_folder, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_far_away_is_read_in_small_pieces(model_folder, monkeypatch, moto, kind):
     folder = model_folder("gqa")
-    with served(kind, tree(folder), monkeypatch, moto) as place:
-        assert fingerprint(place.url) == fingerprint(folder)
+    with served(kind, tree(folder), monkeypatch, moto) as server:
+        assert fingerprint(server.url) == fingerprint(folder)

@@ -23,8 +23,8 @@ FUSED = {
 def plain_tensors(iteration):
     from megatron.core import dist_checkpointing
 
-    found = dist_checkpointing.load_plain_tensors(iteration)
-    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    tensors = dist_checkpointing.load_plain_tensors(iteration)
+    return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
 def read_everything(_rank, iteration):
@@ -64,10 +64,10 @@ def test_a_fused_adapter_on_fused_weights_computes_what_peft_computes(ranks, pef
     scale = 8 / 6**0.5 if "r" in kind else 2.0
     shape = Shape(json.loads((base / "config.json").read_text()))
     iterations = (str(tmp_path / name / "iter_0000000") for name in ("base", "m"))
-    [found] = ranks.run(adapted_logits, 1, shape, *iterations, scale)
+    [actual] = ranks.run(adapted_logits, 1, shape, *iterations, scale)
     expected = logits(with_adapter(base, tmp_path / "back")).numpy()
     assert np.ptp(expected) > 4, "a test of small logits proves little"
-    np.testing.assert_allclose(found[..., : expected.shape[-1]], expected, atol=2e-4, rtol=0)
+    np.testing.assert_allclose(actual[..., : expected.shape[-1]], expected, atol=2e-4, rtol=0)
 
 
 def test_megatron_core_lists_one_tensor_per_layer_and_reads_it(ranks, peft_folder, base, tmp_path):
@@ -115,11 +115,11 @@ def save_stacked(rank, iteration, target):
         number, _, module = rest.partition(".")
         layers.setdefault(f"{head}layers.{module}", {})[int(number)] = tensor
     state = {}
-    for key, found in layers.items():
+    for key, by_layer in layers.items():
         cut = 1 if key.endswith(("linear_proj.adapter.linear_in.weight", "linear_fc2.adapter.linear_in.weight")) else 0
-        for number, tensor in found.items():
+        for number, tensor in by_layer.items():
             part = tensor.chunk(2, dim=cut)[rank].contiguous()
-            offsets = (0, number, len(found)), (1 + cut, rank, 2)
+            offsets = (0, number, len(by_layer)), (1 + cut, rank, 2)
             state[f"{key}.{number}"] = ShardedTensor.from_rank_offsets(key, part, *offsets, prepend_axis_num=1)
     if rank == 0:
         Path(target).mkdir()

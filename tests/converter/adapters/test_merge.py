@@ -41,35 +41,35 @@ def weights(folder):
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-def same_bits(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same_bits(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def exact_adapter(base, folder, **config):
     """An adapter whose B · A and scale are exact in fp32, in whatever order they are computed."""
     save_adapter(base, folder, lora_alpha=4, r=4, **config)
-    found = load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / "adapter_model.safetensors")
     generator = torch.Generator().manual_seed(7)
-    eighths = {name: torch.randint(-9, 10, tensor.shape, generator=generator) / 64 for name, tensor in found.items()}
+    eighths = {name: torch.randint(-9, 10, tensor.shape, generator=generator) / 64 for name, tensor in tensors.items()}
     save_file(eighths, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder, eighths
 
 
 def keep_factors_alone(adapter):
     """As with `save_embedding_layers=False`: PEFT saves the output layer itself beside its adapter otherwise."""
-    found = load_file(adapter / "adapter_model.safetensors")
-    save_file({name: tensor for name, tensor in found.items() if "lora_" in name}, adapter / "adapter_model.safetensors")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "lora_" in name}, adapter / "adapter_model.safetensors")
 
 
 def in_fp32(base, factors):
     """The same sums as torch makes them, each in fp32."""
-    found = {}
+    merged = {}
     for name, tensor in weights(base).items():
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         changes = f"{stem}.lora_A.weight" in factors
         product = factors[f"{stem}.lora_B.weight"] @ factors[f"{stem}.lora_A.weight"] if changes else 0
-        found[name] = tensor.float() + product
-    return found
+        merged[name] = tensor.float() + product
+    return merged
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -110,10 +110,10 @@ def test_with_a_cast_too(model_folder, tmp_path, to, start, option):
     merge(base, adapter, tmp_path / "merged", to=to, dtype=option, verify=True)
     if to == "mcore":
         mcore_to_hf(tmp_path / "merged", tmp_path / "back")
-    found = tmp_path / ("back" if to == "mcore" else "merged")
+    folder = tmp_path / ("back" if to == "mcore" else "merged")
     expected = {name: tensor.to(torch_dtype) for name, tensor in in_fp32(base, factors).items()}
-    assert same_bits(weights(found), expected)
-    assert json.loads((found / "config.json").read_text())["dtype"] == str(torch_dtype).removeprefix("torch.")
+    assert same_bits(weights(folder), expected)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(torch_dtype).removeprefix("torch.")
 
 
 DTYPES = {"gqa": "bfloat16", "mqa": "bfloat16", "head_dim": "float16", "tied": "bfloat16", "padded_vocab": "float32",
@@ -220,10 +220,10 @@ def test_the_output_layer_can_be_merged_where_it_is_not_tied(base, tmp_path):
 
 def test_a_row_of_zeros_has_no_direction_and_stays(base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
-    found = load_file(tmp_path / "base" / "model.safetensors")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
-    found[name][3] = 0
-    save_file(found, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    tensors[name][3] = 0
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     adapter = save_adapter(tmp_path / "base", tmp_path / "adapter", use_dora=True)
     factors = load_file(adapter / "adapter_model.safetensors")
     factors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][3] = 0
@@ -356,5 +356,5 @@ def test_row_blocks_cover_each_row_once():
     for shape in ((100, 64), (7, 3), (4096, 53_248), (5, 1 << 22), (128, 0)):
         step = block_rows(shape)
         for rows in (slice(0, shape[0]), slice(3, 5), slice(shape[0] - 1, shape[0])):
-            found = [row for block in blocks(rows, shape) for row in range(block.start, block.stop)]
-            assert np.array_equal(found, np.arange(rows.start // step * step, min(-(-rows.stop // step) * step, shape[0])))
+            covered = [row for block in blocks(rows, shape) for row in range(block.start, block.stop)]
+            assert np.array_equal(covered, np.arange(rows.start // step * step, min(-(-rows.stop // step) * step, shape[0])))

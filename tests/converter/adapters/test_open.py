@@ -24,8 +24,8 @@ def check(path, adapted):
     with closing(open_adapter(open_source(path))) as adapter:
         assert adapter.parts.keys() == set(expected)
         for name in adapter.parts:
-            found = adapter.read_delta(name)
-            np.testing.assert_allclose(found.scale * (found.b @ found.a), expected[name].detach().numpy(), rtol=1e-5, atol=1e-6)
+            delta = adapter.read_delta(name)
+            np.testing.assert_allclose(delta.scale * (delta.b @ delta.a), expected[name].detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

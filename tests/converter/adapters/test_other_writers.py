@@ -30,9 +30,9 @@ def rename(folder, new):
     save_file({new(name): weight for name, weight in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS, {"format": "pt"})
 
 
-def message(action, *places, **options):
+def message(action, *paths, **options):
     with pytest.raises(UserError) as error:
-        action(*places, **options)
+        action(*paths, **options)
     return str(error.value)
 
 
@@ -95,7 +95,7 @@ def test_an_adapter_of_the_head_is_sent_to_merge_which_takes_it(adapter, base, t
     )
     assert "hint: merge it into its base model instead: `mbconvert merge`" in text
     merge(base, adapter, tmp_path / "out")
-    assert not torch.equal(*(load_file(one / "model.safetensors")["lm_head.weight"] for one in (base, tmp_path / "out")))
+    assert not torch.equal(*(load_file(folder / "model.safetensors")["lm_head.weight"] for folder in (base, tmp_path / "out")))
 
 
 @pytest.mark.parametrize("file", ["adapters.safetensors", "adapter_0.pt", "pytorch_lora_weights.safetensors"])

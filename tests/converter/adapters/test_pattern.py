@@ -66,9 +66,9 @@ def test_any_pattern_matches_what_re_matches(pattern, text):
 @given(PATTERNS, st.text("ab.1", max_size=6))
 def test_the_number_of_a_layer_is_that_of_the_first_match_as_re_finds_it(before, text):
     pattern, name = rf"(?:^|.*?\.){before}\.(?P<idx>\d+)\.", f"{text}.1.ab.11.b"
-    found, expected = match(pattern, name, Budget()), re.match(pattern, name)
+    actual, expected = match(pattern, name, Budget()), re.match(pattern, name)
     span = expected and expected.span("idx")
-    assert found == (() if span == (-1, -1) else span)
+    assert actual == (() if span == (-1, -1) else span)
 
 
 @settings(deadline=None)

@@ -67,10 +67,10 @@ def test_a_fused_adapter_needs_all_its_parts(peft_folder, base, tmp_path):
 def test_the_hashes_of_both_records_are_the_same(peft_folder, base, tmp_path):
     adapter_to_mcore(peft_folder(equal_a=True), tmp_path / "m", base=base, canonical=False)
     adapter_to_hf(tmp_path / "m", tmp_path / "back")
-    there = json.loads((tmp_path / "m" / "iter_0000000" / "conversion.json").read_text())
-    back = json.loads((tmp_path / "back" / "conversion.json").read_text())
-    assert there["blake3"] == back["blake3"]
-    assert len(there["blake3"]) == 4 * 7 * 2
+    imported = json.loads((tmp_path / "m" / "iter_0000000" / "conversion.json").read_text())
+    exported = json.loads((tmp_path / "back" / "conversion.json").read_text())
+    assert imported["blake3"] == exported["blake3"]
+    assert len(imported["blake3"]) == 4 * 7 * 2
 
 
 def test_the_checkpoint_says_what_it_is(peft_folder, base, tmp_path):
@@ -89,8 +89,8 @@ def test_a_megatron_checkpoint_is_a_base_too(peft_folder, base, tmp_path):
     hf_to_mcore(base, tmp_path / "base", tp=2)
     adapter_to_mcore(peft_folder(), tmp_path / "one", base=base)
     adapter_to_mcore(peft_folder(), tmp_path / "other", base=tmp_path / "base")
-    one, other = (json.loads((tmp_path / m / "iter_0000000" / "adapter.json").read_text()) for m in ("one", "other"))
-    assert one["base"]["fingerprint"] == other["base"]["fingerprint"]
+    first, second = (json.loads((tmp_path / m / "iter_0000000" / "adapter.json").read_text()) for m in ("one", "other"))
+    assert first["base"]["fingerprint"] == second["base"]["fingerprint"]
     adapter_to_hf(tmp_path / "other", tmp_path / "back")
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (peft_folder() / WEIGHTS).read_bytes()
 
