@@ -161,7 +161,7 @@ def adapters() -> tuple[Files, ...]:
         {"target_modules": [*ADAPTED], "rank_pattern": {"^model.layers.0.mlp.down_proj": 3}, "layers_to_transform": [0]},
     ]
     tensors = safetensors.numpy.save(factors(), {"format": "pt"})
-    documents = [json.dumps({**ADAPTER_CONFIG, **one}, indent=1).encode() for one in asked]
+    documents = [json.dumps({**ADAPTER_CONFIG, **changes}, indent=1).encode() for changes in asked]
     return tuple({"adapter_config.json": document, "adapter_model.safetensors": tensors} for document in documents)
 
 

@@ -41,9 +41,9 @@ def sharded_models() -> tuple[Files, ...]:
     state = {name: torch.from_numpy(value) for name, value in bases.weights().items()}
     saved = state, {"model": state, "optimizer": {"step": torch.ones(()), "exp_avg": torch.ones(3)}, "step": 1}
     made: list[Files] = []
-    for one in saved:
+    for contents in saved:
         with TemporaryDirectory() as name:
-            torch.distributed.checkpoint.save(one, checkpoint_id=name, no_dist=True)
+            torch.distributed.checkpoint.save(contents, checkpoint_id=name, no_dist=True)
             made.append(tree(Path(name)))
     return tuple(made)
 
@@ -88,7 +88,7 @@ def archives() -> tuple[Files, ...]:
 def read_model(folder: Path) -> dict[str, list[tuple[tuple[slice, ...], np.ndarray]]]:
     """Every chunk of every tensor: its region and values, read as parts of the tensor."""
     reader = open_huggingface(LocalFolder(folder))
-    found: dict[str, list[tuple[tuple[slice, ...], np.ndarray]]] = {}
+    tensors: dict[str, list[tuple[tuple[slice, ...], np.ndarray]]] = {}
     try:
         for name, spec in reader.specs.items():
             for chunk in reader.chunks(name):
@@ -97,31 +97,31 @@ def read_model(folder: Path) -> dict[str, list[tuple[tuple[slice, ...], np.ndarr
                     reader.read(name, corner, np.empty(extent(corner), spec.dtype))  # before memory is taken for all of it
                 out = np.empty(extent(chunk.region), spec.dtype)
                 reader.read(name, chunk.region, out)
-                found.setdefault(name, []).append((chunk.region, out))
+                tensors.setdefault(name, []).append((chunk.region, out))
     finally:
         reader.close()
-    return found
+    return tensors
 
 
-def check_index(found: dict[str, list], _folder: Path, before: Files) -> None:
+def check_index(tensors: dict[str, list], _folder: Path, before: Files) -> None:
     files = tuple(sorted((name, data) for name, data in before.items() if name.endswith(".distcp")))
     known = bytes_by_torch(before[".metadata"], files)
-    assert found
-    assert all(out.tobytes() in known for chunks in found.values() for _, out in chunks if out.size)
+    assert tensors
+    assert all(out.tobytes() in known for chunks in tensors.values() for _, out in chunks if out.size)
 
 
-def check_slices(found: dict[str, list], folder: Path, _before: Files) -> None:
+def check_slices(tensors: dict[str, list], folder: Path, _before: Files) -> None:
     expected: dict[str, list[tuple[tuple[slice, ...], bytes]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         raw = path.read_bytes()
         header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
         corners = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
-        for name, one in safetensors.deserialize(raw):
+        for name, entry in safetensors.deserialize(raw):
             at = corners[name]["saved_offsets"]
-            region = tuple(slice(start, start + size) for start, size in zip(at, one["shape"], strict=True))
-            expected.setdefault(name, []).append((region, bytes(one["data"])))
-    assert found.keys() == expected.keys()
-    for name, chunks in found.items():
+            region = tuple(slice(start, start + size) for start, size in zip(at, entry["shape"], strict=True))
+            expected.setdefault(name, []).append((region, bytes(entry["data"])))
+    assert tensors.keys() == expected.keys()
+    for name, chunks in tensors.items():
         assert sorted((str(region), out.tobytes()) for region, out in chunks) == sorted((str(r), d) for r, d in expected[name])
         covered = np.zeros([max(region[dim].stop for region, _ in chunks) for dim in range(chunks[0][1].ndim)], np.int8)
         for region, _ in chunks:
@@ -135,14 +135,14 @@ def read_archive(folder: Path) -> dict[str, bytes]:
     return {name: opened.get(name) for name in opened.files()}
 
 
-def check_archive(found: dict[str, bytes], folder: Path, _before: Files) -> None:
+def check_archive(contents: dict[str, bytes], folder: Path, _before: Files) -> None:
     with tarfile.open(folder / "a.nemo", "r:") as archive:
         files = {member.name.removeprefix("./").rstrip("/"): member for member in archive if member.isreg()}
-        assert found.keys() == files.keys()
+        assert contents.keys() == files.keys()
         for name, member in files.items():
             opened = archive.extractfile(member)
             assert opened
-            assert opened.read() == found[name]
+            assert opened.read() == contents[name]
 
 
 CHUNKED = (

@@ -53,23 +53,23 @@ class Coverage:
 def _codes() -> set[CodeType]:
     """The code of every function of the project's modules, and of the unpickler that theirs is made of."""
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in _PACKAGES]
-    found: set[CodeType] = set()
+    codes: set[CodeType] = set()
     for owner in [*modules, vars(pickle)["_Unpickler"], vars(pickle)["_Unframer"]]:
-        _collect(owner, found)
-    return found
+        _collect(owner, codes)
+    return codes
 
 
-def _collect(owner: ModuleType | type, found: set[CodeType]) -> None:
+def _collect(owner: ModuleType | type, codes: set[CodeType]) -> None:
     for named in list(vars(owner).values()):
         value = getattr(named, "func", None) or getattr(named, "fget", None) or getattr(named, "__wrapped__", named)
         if isinstance(value, FunctionType):
-            _nested(value.__code__, found)
+            _nested(value.__code__, codes)
         elif isinstance(value, type) and value.__module__.partition(".")[0] in _PACKAGES and value is not owner:
-            _collect(value, found)
+            _collect(value, codes)
 
 
-def _nested(code: CodeType, found: set[CodeType]) -> None:
-    found.add(code)
+def _nested(code: CodeType, codes: set[CodeType]) -> None:
+    codes.add(code)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            _nested(constant, found)
+            _nested(constant, codes)

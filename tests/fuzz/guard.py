@@ -141,11 +141,11 @@ def refusal(act: Callable[[], Any], folder: Path) -> tuple[Any, UserError | None
     that takes too much."""
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the mark becomes what there is now
     before = _highest()
-    found, refused = _once(act, folder)
+    result, refused = _once(act, folder)
     taken = _highest() - before
     if taken > MEMORY:
         raise MemoryError(f"{taken >> 20} MiB")
-    return found, refused, taken
+    return result, refused, taken
 
 
 def _once(act: Callable[[], Any], folder: Path) -> tuple[Any, UserError | None]:
@@ -168,5 +168,5 @@ def _check_cause(error: BaseException | None) -> None:
 def where(error: BaseException) -> str:
     """An error's kind and the line of the project it came from: two findings that agree in it are one."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/formats/" in f.filename or "/converter/" in f.filename]
-    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the check"
-    return f"{type(error).__name__} at {place}"
+    location = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the check"
+    return f"{type(error).__name__} at {location}"

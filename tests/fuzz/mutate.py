@@ -99,12 +99,12 @@ def number(data: bytes, rng: Random) -> bytes:
 
 def digits(data: bytes, rng: Random) -> bytes:
     """A number in text becomes another."""
-    found = list(re.finditer(rb"\d+", data[: 1 << 16]))
-    if not found:
+    numbers = list(re.finditer(rb"\d+", data[: 1 << 16]))
+    if not numbers:
         return flip(data, rng)
-    one = rng.choice(found)
-    value = rng.choice((*NUMBERS, int(one[0][:18]) + rng.choice((-1, 1, 4, 8))))
-    return data[: one.start()] + str(value).encode() + data[one.end() :]
+    match = rng.choice(numbers)
+    value = rng.choice((*NUMBERS, int(match[0][:18]) + rng.choice((-1, 1, 4, 8))))
+    return data[: match.start()] + str(value).encode() + data[match.end() :]
 
 
 BYTES: tuple[Mutation, ...] = (flip, set_byte, truncate, delete, repeat, insert, move, number, digits)
@@ -154,10 +154,10 @@ def _spots(document: Any) -> list[tuple[Any, Any]]:
     spots: list[tuple[Any, Any]] = []
     todo = [document]
     while todo and len(spots) < 2000:
-        one = todo.pop()
-        keys = list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else ()
-        spots += [(one, key) for key in keys]
-        todo += [one[key] for key in keys]
+        holder = todo.pop()
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
+        spots += [(holder, key) for key in keys]
+        todo += [holder[key] for key in keys]
     return spots
 
 
@@ -165,8 +165,8 @@ def _twice(data: bytes, rng: Random) -> bytes:
     pairs = list(re.finditer(rb'"[^"]*":\s*("[^"]*"|\d+|\{[^{}]*\}|\[[^\[\]]*\])', data))
     if not pairs:
         return flip(data, rng)
-    one = rng.choice(pairs)
-    return data[: one.end()] + b"," + one[0] + data[one.end() :]
+    pair = rng.choice(pairs)
+    return data[: pair.end()] + b"," + pair[0] + data[pair.end() :]
 
 
 def _dumped(document: Any) -> bytes:
@@ -189,11 +189,11 @@ def any_header(data: bytes, rng: Random) -> bytes:
 @lru_cache(64)
 def _opcodes(data: bytes) -> Sequence[tuple[int, int, str]]:
     """Where each opcode of a pickle starts and ends, as far as it can be read."""
-    found: list[tuple[int, str]] = []
+    codes: list[tuple[int, str]] = []
     with contextlib.suppress(Exception):
-        found.extend((at or 0, code.name) for code, _, at in pickletools.genops(data))
-    ends = [*(at for at, _ in found[1:]), len(data)][: len(found)]
-    return [(at, end, name) for (at, name), end in zip(found, ends, strict=True)]
+        codes.extend((at or 0, code.name) for code, _, at in pickletools.genops(data))
+    ends = [*(at for at, _ in codes[1:]), len(data)][: len(codes)]
+    return [(at, end, name) for (at, name), end in zip(codes, ends, strict=True)]
 
 
 def any_pickle(data: bytes, rng: Random) -> bytes:
@@ -203,8 +203,8 @@ def any_pickle(data: bytes, rng: Random) -> bytes:
         return any_bytes(data, rng)
     start, end, _ = rng.choice(codes)
     other, other_end, _ = rng.choice(codes)
-    one = data[other:other_end]
-    put = rng.choice((b"", data[start:end] + one, one, rng.choice(SNIPPETS) + data[start:end]))
+    piece = data[other:other_end]
+    put = rng.choice((b"", data[start:end] + piece, piece, rng.choice(SNIPPETS) + data[start:end]))
     return rng.choice((data[:start] + put + data[end:], _renamed(data, rng), _renumbered(data, rng)))
 
 
@@ -239,10 +239,10 @@ _FIELDS = {
 
 def zip_field(data: bytes, rng: Random) -> bytes:
     """One field of one structure of a zip."""
-    found = [(m.start(), _FIELDS[m[0]]) for m in re.finditer(rb"PK(\x03\x04|\x01\x02|\x05\x06|\x06\x06|\x06\x07)", data)]
-    if not found:
+    structures = [(m.start(), _FIELDS[m[0]]) for m in re.finditer(rb"PK(\x03\x04|\x01\x02|\x05\x06|\x06\x06|\x06\x07)", data)]
+    if not structures:
         return number(data, rng)
-    at, layout = rng.choice(found)
+    at, layout = rng.choice(structures)
     if at + struct.calcsize(layout) > len(data):
         return truncate(data, rng)
     fields = list(struct.unpack_from(layout, data, at))

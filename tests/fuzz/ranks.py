@@ -72,12 +72,12 @@ def check(contents: Contents, folder: Path, _before: object) -> None:
     records = {path.name: zipped(path.read_bytes()) for path in folder.glob("mp_rank_01/*.pt")}
     for held in contents.shards.values():
         for chunk, values in held:
-            place = chunk.location
-            raw = (folder / place.file).read_bytes()[place.offset : place.offset + place.length]
-            assert values in raw, f"not what is at {place}"
-            rank, _, file = place.file.partition("/")
+            location = chunk.location
+            raw = (folder / location.file).read_bytes()[location.offset : location.offset + location.length]
+            assert values in raw, f"not what is at {location}"
+            rank, _, file = location.file.partition("/")
             known = records[file] if rank == "mp_rank_01" else None
-            assert known is None or any(raw in record for record in known), f"not in a record: {place}"
+            assert known is None or any(raw in record for record in known), f"not in a record: {location}"
 
 
 @cache

@@ -61,9 +61,9 @@ class Sandbox:
         (folder / self._target.file).write_bytes(data)
         tally.inputs += 1
         try:
-            found, refused, taken = guard.refusal(lambda: self._target.read(folder), folder)
+            result, refused, taken = guard.refusal(lambda: self._target.read(folder), folder)
             if refused is None:
-                self._target.check(found, folder, self._bases[base])
+                self._target.check(result, folder, self._bases[base])
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -137,11 +137,11 @@ def _last(folder: Path, file: str) -> bytes:
 
 def save(tally: Tally) -> Iterator[str]:
     """Keep the findings; says of each where it is and what happened."""
-    for what, (said, data) in tally.findings.items():
+    for what, (message, data) in tally.findings.items():
         path = CORPUS / tally.reader / hashlib.sha256(data).hexdigest()[:8]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-        yield f"{tally.reader}/{path.name}: {what}: {said}"
+        yield f"{tally.reader}/{path.name}: {what}: {message}"
 
 
 def row(tally: Tally) -> str:
@@ -170,8 +170,8 @@ def main() -> int:
         tallies.append(run_apart(target, -(-options.inputs * target.share // shares), options.seed))
         print(row(tallies[-1]), f" {tallies[-1].seconds:.0f} s" if sys.stderr.isatty() else "", flush=True)
         findings += save(tallies[-1])
-    total = Tally("all", *(sum(getattr(one, name) for one in tallies) for name in ("inputs", "right", "refused", "branches")))
-    total.memory = max(one.memory for one in tallies)
+    total = Tally("all", *(sum(getattr(tally, name) for tally in tallies) for name in ("inputs", "right", "refused", "branches")))
+    total.memory = max(tally.memory for tally in tallies)
     print(row(total))
     print("\n".join(findings), file=sys.stderr)
     return bool(findings)

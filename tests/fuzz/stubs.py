@@ -12,7 +12,7 @@ from typing import Any
 from formats.pickles import Global, Record, Storage
 
 _REAL = {
-    **{(module, one.__name__): one for module in ("builtins", "__builtin__") for one in (set, frozenset)},
+    **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (set, frozenset)},
     ("collections", "OrderedDict"): dict,
 }
 

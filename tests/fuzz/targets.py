@@ -66,32 +66,34 @@ def huggingface_contents(folder: Path) -> dict[str, np.ndarray]:
     """Every tensor's values."""
     reader = open_huggingface(folder)
     try:
-        found = {name: np.empty(spec.shape, spec.dtype) for name, spec in reader.specs.items()}
-        for name, out in found.items():
+        tensors = {name: np.empty(spec.shape, spec.dtype) for name, spec in reader.specs.items()}
+        for name, out in tensors.items():
             reader.read(name, reader.specs[name].full_region, out)
     finally:
         reader.close()
-    return found
+    return tensors
 
 
-def check_safetensors(found: dict[str, np.ndarray], folder: Path, _before: Files) -> None:
+def check_safetensors(tensors: dict[str, np.ndarray], folder: Path, _before: Files) -> None:
     raw = (folder / "model.safetensors").read_bytes()
     start = 8 + struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
-    assert found.keys() == header.keys()
+    assert tensors.keys() == header.keys()
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        assert found[name].tobytes() == raw[start + first : start + last]
-        assert list(found[name].shape) == entry["shape"]
+        assert tensors[name].tobytes() == raw[start + first : start + last]
+        assert list(tensors[name].shape) == entry["shape"]
     library = dict(safetensors.deserialize(raw))  # what is read here, the library reads
-    assert {name: bytes(one["data"]) for name, one in library.items()} == {name: one.tobytes() for name, one in found.items()}
+    assert {name: bytes(entry["data"]) for name, entry in library.items()} == {
+        name: array.tobytes() for name, array in tensors.items()
+    }
 
 
-def check_same_weights(found: dict[str, np.ndarray], _folder: Path, _before: Files) -> None:
+def check_same_weights(tensors: dict[str, np.ndarray], _folder: Path, _before: Files) -> None:
     expected = bases.weights()
-    assert found
-    assert all(array.tobytes() == expected[name].tobytes() for name, array in found.items())
+    assert tensors
+    assert all(array.tobytes() == expected[name].tobytes() for name, array in tensors.items())
 
 
 @user_errors()
@@ -101,13 +103,18 @@ def plan_import(folder: Path) -> Any:
     )
 
 
-def check_sizes(found: tuple[dict[str, Any], Any], folder: Path, _before: Files) -> None:
+def check_sizes(planned: tuple[dict[str, Any], Any], folder: Path, _before: Files) -> None:
     config = json.loads((folder / "config.json").read_bytes())
-    model = make_model(families.find(found[0]["model_type"]).CONFIG, found[0])
-    told = {"hidden_size": model.hidden, "num_hidden_layers": model.layers, "vocab_size": model.vocab, "head_dim": model.head_dim}
-    for name, size in told.items():
+    model = make_model(families.find(planned[0]["model_type"]).CONFIG, planned[0])
+    sizes = {
+        "hidden_size": model.hidden,
+        "num_hidden_layers": model.layers,
+        "vocab_size": model.vocab,
+        "head_dim": model.head_dim,
+    }
+    for name, size in sizes.items():
         assert config.get(name) in (size, None)
-    assert found[1].parameters >= sum(a.size for a in bases.weights().values()) - 2 - 64  # extras and a tied output layer
+    assert planned[1].parameters >= sum(a.size for a in bases.weights().values()) - 2 - 64  # extras and a tied output layer
 
 
 @dataclass
@@ -126,19 +133,19 @@ def megatron_contents(folder: Path) -> Chunks:
     try:
         reader.check(reader.specs)
         reader.args()
-        found = Chunks({}, {})
+        contents = Chunks({}, {})
         for name in reader.container.tensor_names:
             tensor = reader.container.tensor(name)
             for chunk in tensor.chunks:
                 corner = tuple(part.start for part in chunk.region)
-                found.chunks[name, corner] = chunk.location, _region(tensor, chunk, reader.container)
+                contents.chunks[name, corner] = chunk.location, _region(tensor, chunk, reader.container)
         for name, spec in reader.specs.items():
             out = np.empty(spec.shape, spec.dtype)
             reader.read(name, spec.full_region, out)
-            found.weights[name] = reader.chunks(name), (spec.shape, spec.dtype), out.tobytes()
+            contents.weights[name] = reader.chunks(name), (spec.shape, spec.dtype), out.tobytes()
     finally:
         reader.close()
-    return found
+    return contents
 
 
 def _region(tensor: Any, chunk: Any, container: Any) -> bytes:
@@ -151,13 +158,13 @@ def _region(tensor: Any, chunk: Any, container: Any) -> bytes:
     return out.tobytes()
 
 
-def check_index(found: Chunks, _folder: Path, before: Files) -> None:
+def check_index(contents: Chunks, _folder: Path, before: Files) -> None:
     data, known = (
         bytes_by_torch(before[".metadata"], tuple(sorted(_files(before)))),
         _undamaged(tuple(sorted(_files(before, "")))),
     )
-    assert all(raw in data for _, raw in found.chunks.values() if raw), "bytes that are no chunk's"
-    for name, (chunks, spec, raw) in found.weights.items():
+    assert all(raw in data for _, raw in contents.chunks.values() if raw), "bytes that are no chunk's"
+    for name, (chunks, spec, raw) in contents.weights.items():
         if name in known.weights and known.weights[name][:2] == (chunks, spec):
             assert raw == known.weights[name][2], f"{name} changed"
 
@@ -175,11 +182,11 @@ def _undamaged(files: tuple[tuple[str, bytes], ...]) -> Chunks:
         return megatron_contents(Path(name))
 
 
-def check_data(found: Chunks, folder: Path, _before: Files) -> None:
-    for place, raw in found.chunks.values():
-        whole = (folder / place.file).read_bytes()[place.offset : place.offset + place.length]
+def check_data(contents: Chunks, folder: Path, _before: Files) -> None:
+    for location, raw in contents.chunks.values():
+        whole = (folder / location.file).read_bytes()[location.offset : location.offset + location.length]
         records = zipped(whole)
-        assert records is None or any(raw in record for record in records), f"not the record's bytes: {place}"
+        assert records is None or any(raw in record for record in records), f"not the record's bytes: {location}"
 
 
 def read_archive(folder: Path) -> list[bytes]:
@@ -190,41 +197,41 @@ def read_archive(folder: Path) -> list[bytes]:
         return data[at : at + size]
 
     archive = OpenArchive(fetch, len(data), source="archive")
-    found = archive.pickle()
-    todo, values = [found], []
+    document = archive.pickle()
+    todo, values = [document], []
     while todo and len(values) < 100:
-        one = todo.pop()
-        if isinstance(one, Record):
-            values.append(archive.array(one).tobytes())
-        elif isinstance(one, (list, dict)) and len(one) < 100:
-            todo += one.values() if isinstance(one, dict) else one
+        value = todo.pop()
+        if isinstance(value, Record):
+            values.append(archive.array(value).tobytes())
+        elif isinstance(value, (list, dict)) and len(value) < 100:
+            todo += value.values() if isinstance(value, dict) else value
     return values
 
 
-def check_archive(found: list[bytes], folder: Path, _before: Files) -> None:
+def check_archive(arrays: list[bytes], folder: Path, _before: Files) -> None:
     records = zipped((folder / "archive").read_bytes())
-    assert records is None or all(any(raw in record for record in records) for raw in found)
+    assert records is None or all(any(raw in record for record in records) for raw in arrays)
 
 
 def read_pickle(folder: Path) -> Any:
     return pickles.loads((folder / "pickle").read_bytes(), source="pickle")
 
 
-def check_pickle(found: Any, folder: Path, _before: Files) -> None:
+def check_pickle(value: Any, folder: Path, _before: Files) -> None:
     expected = stubbed((folder / "pickle").read_bytes())
-    assert expected is None or plain(found) == plain(expected[0])
+    assert expected is None or plain(value) == plain(expected[0])
 
 
 def read_document(folder: Path) -> dict[str, Any]:
     return parse_json((folder / "integrity.json").read_bytes(), source="integrity.json")
 
 
-def check_document(found: dict[str, Any], folder: Path, _before: Files) -> None:
+def check_document(document: dict[str, Any], folder: Path, _before: Files) -> None:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         assert len(dict(pairs)) == len(pairs)
         return dict(pairs)
 
-    assert repr(found) == repr(json.loads((folder / "integrity.json").read_bytes(), object_pairs_hook=once))
+    assert repr(document) == repr(json.loads((folder / "integrity.json").read_bytes(), object_pairs_hook=once))
 
 
 @user_errors()
@@ -237,9 +244,9 @@ def describe_and_plan(folder: Path) -> Any:
     return mcore_to_hf(folder, folder.parent / "out", dry_run=True)
 
 
-def check_planned(found: Any, _folder: Path, _before: Files) -> None:
-    assert sum(a.size for a in bases.weights().values()) - 2 >= found.parameters - 2 > 0
-    assert not Path(found.target).exists()
+def check_planned(summary: Any, _folder: Path, _before: Files) -> None:
+    assert sum(a.size for a in bases.weights().values()) - 2 >= summary.parameters - 2 > 0
+    assert not Path(summary.target).exists()
 
 
 @user_errors()
@@ -250,9 +257,9 @@ def rebuild(folder: Path) -> Any:
     return fields and (fields[0], rebuild_config(*fields), describe_and_plan(folder))
 
 
-def check_rebuilt(found: Any, folder: Path, before: Files) -> None:
-    if found:
-        fields, config, summary = found
+def check_rebuilt(rebuilt: Any, folder: Path, before: Files) -> None:
+    if rebuilt:
+        fields, config, summary = rebuilt
         assert config["hidden_size"] == fields["hidden_size"] == 8
         check_planned(summary, folder, before)
 
@@ -262,38 +269,40 @@ def adapter_contents(folder: Path) -> dict[str, np.ndarray]:
     """Every factor of an adapter by its name in PEFT's files, read as one that is merged."""
     adapter = open_adapter(LocalFolder(folder))
     try:
-        found: dict[str, np.ndarray] = {}
+        factors: dict[str, np.ndarray] = {}
         for weight, parts in adapter.parts.items():
             delta = adapter.read_delta(weight)
             assert np.isfinite(delta.scale)
-            found |= {parts[Factor.A].spec.name: delta.a, parts[Factor.B].spec.name: delta.b}
+            factors |= {parts[Factor.A].spec.name: delta.a, parts[Factor.B].spec.name: delta.b}
     finally:
         adapter.close()
-    return found
+    return factors
 
 
-def check_adapter_config(found: dict[str, np.ndarray], folder: Path, _before: Files) -> None:
+def check_adapter_config(factors: dict[str, np.ndarray], folder: Path, _before: Files) -> None:
     """A configuration chooses and scales; it changes no factor, and what it says is what PEFT's own rule says."""
-    _same_factors(found, bases.factors())
+    _same_factors(factors, bases.factors())
     config = peft_config.read(LocalFolder(folder))
-    for name in found:
+    for name in factors:
         module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
         assert config.targets(module)
-        assert config.rank(module) == found[name].shape[0 if ".lora_A." in name else 1]
+        assert config.rank(module) == factors[name].shape[0 if ".lora_A." in name else 1]
 
 
-def check_adapter_file(found: dict[str, np.ndarray], folder: Path, _before: Files) -> None:
+def check_adapter_file(factors: dict[str, np.ndarray], folder: Path, _before: Files) -> None:
     library = dict(safetensors.deserialize((folder / "adapter_model.safetensors").read_bytes()))
-    assert {name: bytes(one["data"]) for name, one in library.items()} == {name: one.tobytes() for name, one in found.items()}
+    assert {name: bytes(entry["data"]) for name, entry in library.items()} == {
+        name: array.tobytes() for name, array in factors.items()
+    }
 
 
-def check_same_factors(found: dict[str, np.ndarray], _folder: Path, _before: Files) -> None:
-    _same_factors(found, bases.factors())
+def check_same_factors(factors: dict[str, np.ndarray], _folder: Path, _before: Files) -> None:
+    _same_factors(factors, bases.factors())
 
 
-def _same_factors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found
-    assert all(array.tobytes() == expected[name].tobytes() for name, array in found.items())
+def _same_factors(factors: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert factors
+    assert all(array.tobytes() == expected[name].tobytes() for name, array in factors.items())
 
 
 @user_errors()
@@ -342,8 +351,8 @@ def optimizer_contents(folder: Path) -> tuple[Any, list[Any]]:
         reader.close()
 
 
-def check_optimizer(found: tuple[Any, list[Any]], _folder: Path, _before: Files) -> None:
-    weights, states = found
+def check_optimizer(contents: tuple[Any, list[Any]], _folder: Path, _before: Files) -> None:
+    weights, states = contents
     for specs in states:
         assert specs.items()
         assert all(spec.shape == weights[name] for name, spec in specs.items())

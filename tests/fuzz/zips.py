@@ -9,7 +9,7 @@ import zipfile
 
 def zipped(data: bytes) -> list[bytes] | None:
     """The data records of an archive, where Python's zipfile finds them; None where it cannot say."""
-    found: list[bytes] = []
+    records: list[bytes] = []
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if len(set(archive.namelist())) != len(archive.namelist()) or archive.start_dir + 46 * len(archive.namelist()) > len(
@@ -24,7 +24,7 @@ def zipped(data: bytes) -> list[bytes] | None:
                     return None
                 name, extra = struct.unpack_from("<HH", data, info.header_offset + 26)
                 start = info.header_offset + 30 + name + extra
-                found.append(data[start : start + info.file_size])
+                records.append(data[start : start + info.file_size])
     except Exception:
         return None
-    return found
+    return records

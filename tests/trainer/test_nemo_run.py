@@ -87,12 +87,12 @@ else:
 def nemo_run_imports(tmp_path_factory) -> None:
     env = {**os.environ, "NEMORUN_HOME": str(tmp_path_factory.mktemp("nemo"))}
     words = [sys.executable, "-W", "ignore", "-c", "import nemo_run"]
-    found = subprocess.run(words, env=env, check=False, capture_output=True, text=True)
-    if "No module named 'leptonai" in found.stderr:
+    result = subprocess.run(words, env=env, check=False, capture_output=True, text=True)
+    if "No module named 'leptonai" in result.stderr:
         pytest.skip("NeMo-Run 0.11 needs leptonai<0.47, and a later one is installed")
-    if "No module named 'nemo_run'" in found.stderr:
+    if "No module named 'nemo_run'" in result.stderr:
         pytest.skip("needs `pip install 'mbtools[nemo-run]'`")
-    assert found.returncode == 0, found.stderr
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture

@@ -34,16 +34,16 @@ def test_nan_on_one_rank_ends_all_of_them_with_step_rank_and_last_good_checkpoin
     for factor in (float("nan"), float("inf"), float("-inf")):
         root = tmp_path / str(factor)
         changes = {"checkpoint__save": str(root), "checkpoint__save_interval": 1, "checkpoint__async_save": factor > 0}
-        told = ranks.run(_train, 2, str(model_folder()), changes, factor)
+        errors = ranks.run(_train, 2, str(model_folder()), changes, factor)
         assert (
-            told[0][0]
-            == told[1][0]
+            errors[0][0]
+            == errors[1][0]
             == (
                 f"the loss of step 3 is NaN or Inf on rank 1; the last good checkpoint is `{root}/iter_0000002`\n\n"
                 "hint: look at the data of this step and at `optimizer.lr`; the weights of this step were not saved"
             )
         )
-        assert sorted(silent for _, silent in told) == [False, True]
+        assert sorted(silent for _, silent in errors) == [False, True]
         assert {name.partition("/")[0] for name in tree(root)} == {
             "iter_0000001",
             "iter_0000002",
@@ -54,8 +54,8 @@ def test_nan_on_one_rank_ends_all_of_them_with_step_rank_and_last_good_checkpoin
 
 
 def test_nan_before_any_checkpoint_says_that_there_is_none(ranks, model_folder):
-    told = ranks.run(_train, 2, str(model_folder()), {}, float("nan"), 0)
-    assert told[0][0].startswith("the loss of step 3 is NaN or Inf on rank 0; no checkpoint was saved yet\n")
+    errors = ranks.run(_train, 2, str(model_folder()), {}, float("nan"), 0)
+    assert errors[0][0].startswith("the loss of step 3 is NaN or Inf on rank 0; no checkpoint was saved yet\n")
 
 
 class _NoGradient(torch.autograd.Function):
@@ -104,9 +104,11 @@ def test_gradients_that_are_no_numbers_are_never_saved(ranks, model_folder, tmp_
         "train__train_iters": 3,
         "scheduler__lr_warmup_iters": 0,
     }
-    told = ranks.run(_gradients, 2, str(model_folder()), changes)
-    assert told[0] == told[1]
-    assert told[0].startswith(f"the gradient norm of step 3 is NaN or Inf; the last good checkpoint is `{tmp_path}/iter_0000002`")
+    messages = ranks.run(_gradients, 2, str(model_folder()), changes)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(
+        f"the gradient norm of step 3 is NaN or Inf; the last good checkpoint is `{tmp_path}/iter_0000002`"
+    )
     assert not (tmp_path / "iter_0000003").exists()
 
 
@@ -117,6 +119,6 @@ def test_an_evaluation_that_is_no_number_ends_all_ranks_also_where_one_stage_kno
         "validation__eval_interval": 2,
         "train__train_iters": 5,
     }
-    told = ranks.run(_evaluations, 2, str(model_folder()), changes)
-    assert told[0] == told[1]
-    assert told[0].startswith("the validation loss after step 2 is NaN or Inf; no checkpoint was saved yet")
+    messages = ranks.run(_evaluations, 2, str(model_folder()), changes)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("the validation loss after step 2 is NaN or Inf; no checkpoint was saved yet")

@@ -315,8 +315,8 @@ def test_every_name_of_another_trainer_is_no_setting_itself_and_means_one_that_t
 
 def test_aliases_are_understood_in_files_too(config: RunConfig) -> None:
     yaml_io.apply(config, {"train": {"max_steps": 7, "learning_rate": 1e-4}, "model": {"tp": 2}})
-    found = config.train.train_iters, config.optimizer.lr, config.model.tensor_model_parallel_size
-    assert found == (7, 1e-4, 2)
+    values = config.train.train_iters, config.optimizer.lr, config.model.tensor_model_parallel_size
+    assert values == (7, 1e-4, 2)
 
 
 class Colour(enum.Enum):

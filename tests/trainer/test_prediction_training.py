@@ -37,12 +37,12 @@ def reference(folder):
     main, further = prediction.opened(folder, LAYERS)
     parameters = [*main.parameters(), *further.layers.parameters()]
     groups = [
-        {"params": [one for one in parameters if one.ndim > 1], "weight_decay": 0.1},
-        {"params": [one for one in parameters if one.ndim == 1], "weight_decay": 0.0},
+        {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": 0.1},
+        {"params": [parameter for parameter in parameters if parameter.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     samples = small.FixedTokens(main.config.vocab_size).build(None, 0, (10**6, 0, 0))[0]
-    found = []
+    curves = []
     for step in range(FEW):
         optimizer.zero_grad()
         losses = _losses(main, further, [samples[step * BATCH + number] for number in range(BATCH)])
@@ -51,8 +51,8 @@ def reference(folder):
         for group in optimizer.param_groups:
             group["lr"] = rate_of(step, steps=STEPS)
         optimizer.step()
-        found.append([loss.item() for loss in losses])
-    return list(zip(*found, strict=True))
+        curves.append([loss.item() for loss in losses])
+    return list(zip(*curves, strict=True))
 
 
 def _losses(main, further, batch):

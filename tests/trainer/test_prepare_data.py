@@ -69,10 +69,10 @@ def as_parquet(folder, texts):
 
 def naively(prefix, texts, tokenizer, *, eod=True):
     """The files as megatron-core's tools would write them, one document after the other; their bytes."""
-    found = tokenizers.load(tokenizer)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", DType.optimal_dtype(found.vocab_size))
+    encoder = tokenizers.load(tokenizer)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", DType.optimal_dtype(encoder.vocab_size))
     for text in texts:
-        builder.add_item(torch.tensor(found.encode(text) + [found.eod] * eod))
+        builder.add_item(torch.tensor(encoder.encode(text) + [encoder.eod] * eod))
         builder.end_document()
     builder.finalize(f"{prefix}.idx")
     return pair(prefix)
@@ -105,9 +105,9 @@ def test_bytes_do_not_depend_on_workers(texts, trained, tmp_path, monkeypatch):
 def test_megatron_core_reads_documents_and_empty_ones_are_counted_and_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "ab"}\n\n{"body": ""}\n{"body": "c"}\r\n')
     done = prepare([tmp_path / "a.jsonl"], tmp_path / "deep" / "er" / "out", tokenizer="byte", key="body")
-    found = IndexedDataset(done.prefix)
-    assert [found[0].tolist(), found[1].tolist()] == [[97, 98, 256], [99, 256]]
-    assert found.document_indices.tolist() == [0, 1, 2]
+    dataset = IndexedDataset(done.prefix)
+    assert [dataset[0].tolist(), dataset[1].tolist()] == [[97, 98, 256], [99, 256]]
+    assert dataset.document_indices.tolist() == [0, 1, 2]
     assert (done.documents, done.empty, done.tokens, done.dtype) == (2, 1, 5, "uint16")
 
 
@@ -120,21 +120,21 @@ def test_a_folder_is_read_by_name_and_hidden_or_other_files_are_left_out(tmp_pat
 
 
 def run(*arguments):
-    return CliRunner().invoke(command, [str(one) for one in arguments], catch_exceptions=False)
+    return CliRunner().invoke(command, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 def test_the_command_says_on_stderr_what_was_done_and_on_stdout_json(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "b.txt").write_text("")
-    said = run(tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "out", "--tokenizer", "byte")
-    assert said.exit_code == 0
-    assert said.stdout == ""
-    assert said.stderr.startswith(
+    result = run(tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "out", "--tokenizer", "byte")
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert result.stderr.startswith(
         "note: 1 documents without text were left out\ndone: 1 documents, 6 tokens, 5 B read, 74 B written"
     )
     again = run(tmp_path / "a.txt", tmp_path / "out", "--tokenizer", "byte", "--overwrite", "--json", "--no-append-eod")
-    told = json.loads(again.stdout)
-    assert (told["documents"], told["tokens"], told["output_bytes"]) == (1, 5, 72)
+    report = json.loads(again.stdout)
+    assert (report["documents"], report["tokens"], report["output_bytes"]) == (1, 5, 72)
 
 
 def refused(tmp_path, *inputs, prefix="out", **options):
@@ -184,8 +184,8 @@ def test_a_bad_line_is_named_and_nothing_is_left(line, tmp_path):
 def test_of_several_bad_lines_the_first_is_named_whatever_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.prepare._BATCH_BYTES", 1)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n[1]\n[2]\n{}\n')
-    said = {refused(tmp_path, "a.jsonl", workers=workers) for workers in (1, 2)}
-    assert said == {"`T/a.jsonl`, line 2 cannot be read: it is not a JSON object: it is [1]"}
+    messages = {refused(tmp_path, "a.jsonl", workers=workers) for workers in (1, 2)}
+    assert messages == {"`T/a.jsonl`, line 2 cannot be read: it is not a JSON object: it is [1]"}
 
 
 def test_bad_files_are_named(tmp_path, monkeypatch):
@@ -228,8 +228,8 @@ def test_overwriting_takes_data_of_megatrons_and_nothing_else(tmp_path, index):
     (tmp_path / "out.bin").write_bytes(b"months of work")
     if index:
         (tmp_path / "out.idx").write_bytes(index)
-    said = refused(tmp_path, "a.txt", overwrite=True)
-    assert said == "`T/out.idx` is not a Megatron index, so `--overwrite` does not replace `T/out.bin`"
+    message = refused(tmp_path, "a.txt", overwrite=True)
+    assert message == "`T/out.idx` is not a Megatron index, so `--overwrite` does not replace `T/out.bin`"
     assert (tmp_path / "out.bin").read_bytes() == b"months of work"
 
 
@@ -249,6 +249,6 @@ def test_what_another_wrote_there_meanwhile_stays(tmp_path, overwrite):
     assert pair(tmp_path / "out") == pair(tmp_path / "b")
 
 
-def copy_pair(one, other):
+def copy_pair(source, target):
     for suffix in (".bin", ".idx"):
-        other.with_suffix(suffix).write_bytes(one.with_suffix(suffix).read_bytes())
+        target.with_suffix(suffix).write_bytes(source.with_suffix(suffix).read_bytes())

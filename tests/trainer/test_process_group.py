@@ -16,22 +16,22 @@ FEW = {"train__train_iters": 2, "scheduler__lr_warmup_iters": 0, "dist__timeout_
 def _twice(folder, changes):
     """The losses of a run, of the same again, and of one that fails between them."""
     seen = [witness.train(folder, changes).losses]
-    told = []
+    silent = []
     for _ in range(2):
         try:
             witness.train(folder, {**changes, "checkpoint__load": "nowhere"})
         except UserError as error:
-            told.append(error.told)
+            silent.append(error.told)
     seen.append(witness.train(folder, {**changes, "dist__timeout_minutes": 0.6}).losses)
-    return seen, told
+    return seen, silent
 
 
 def test_a_program_trains_twice(ranks, model_folder, tmp_path):
     changes = {**FEW, "model__tensor_model_parallel_size": 2, "checkpoint__save": str(tmp_path), "checkpoint__overwrite": True}
-    (first, told), (other, others) = ranks.run(_twice, 2, str(model_folder()), changes)
-    assert first == other
+    (first, silent), (second, others) = ranks.run(_twice, 2, str(model_folder()), changes)
+    assert first == second
     assert first[0] == first[1]
-    assert sorted([told[0], others[0]]) == sorted([told[1], others[1]]) == [False, True]  # one of two ranks, each time
+    assert sorted([silent[0], others[0]]) == sorted([silent[1], others[1]]) == [False, True]  # one of two ranks, each time
 
 
 def _in_a_group(folder, changes, backend, *, named):
@@ -46,10 +46,10 @@ def _in_a_group(folder, changes, backend, *, named):
     own = dist.new_group()
     groups = len(dist.distributed_c10d._world.pg_map)
     losses = [witness.train(folder, changes).losses for _ in range(2)]
-    told = torch.tensor([rank + 1.0])
-    dist.all_reduce(told)
-    dist.all_reduce(told, group=own)
-    assert (dist.get_world_size(), told.item()) == (world, 6.0)
+    total = torch.tensor([rank + 1.0])
+    dist.all_reduce(total)
+    dist.all_reduce(total, group=own)
+    assert (dist.get_world_size(), total.item()) == (world, 6.0)
     assert len(dist.distributed_c10d._world.pg_map) == groups
     return losses
 
@@ -76,7 +76,7 @@ def _refused(folder):
 
     from trainer.loop import pretrain
 
-    said = []
+    messages = []
     for backend in ("fake", "gloo"):
         if backend == "fake":
             from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -88,14 +88,14 @@ def _refused(folder):
         try:
             pretrain(small.settings(Path(folder), **FEW))
         except UserError as error:
-            said.append(str(error))
+            messages.append(str(error))
         dist.destroy_process_group()
-    return said
+    return messages
 
 
 def test_a_group_that_cannot_be_used_is_an_error(ranks, model_folder):
-    (said,) = ranks.run(_refused, 1, str(model_folder()))
-    backends, formed = said
+    (messages,) = ranks.run(_refused, 1, str(model_folder()))
+    backends, formed = messages
     assert backends.startswith("this program's process group has the backends `cpu:fake,")
     assert "`, and a run on a CPU needs `cpu:gloo`\n\nhint: call `init_process_group('cpu:gloo,cuda:nccl')`" in backends
     assert formed == (

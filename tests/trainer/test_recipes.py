@@ -160,11 +160,11 @@ def test_a_recipe_says_what_one_gpu_holds_and_leaves_a_tenth_of_it_free(name: st
     config.model.cross_entropy_loss_fusion, config.model.cross_entropy_fusion_impl = True, "te"  # as where there are GPUs
     run = resolve(config, world_size=gpus, device="gpu")
     taken = memory(run.config, world_size=gpus).total / 1e9
-    (said,) = re.findall(r": (\d+) GB[.,]", function.__doc__)
-    assert abs(taken - int(said)) < 1.5
+    (gigabytes,) = re.findall(r": (\d+) GB[.,]", function.__doc__)
+    assert abs(taken - int(gigabytes)) < 1.5
     assert taken < 72
-    (told,) = re.findall(r"on (\d+|one) GPUs? of 80 GB", function.__doc__)
-    assert gpus == (1 if told == "one" else int(told))
+    (count,) = re.findall(r"on (\d+|one) GPUs? of 80 GB", function.__doc__)
+    assert gpus == (1 if count == "one" else int(count))
 
 
 def test_the_quickstart_works() -> None:
@@ -177,9 +177,9 @@ def test_the_quickstart_works() -> None:
 
 
 def test_each_call_makes_a_configuration_of_its_own() -> None:
-    one, other = (recipes.find("llama31_8b").pretrain_config() for _ in range(2))
-    one.model.hf_config["rope_scaling"]["factor"] = 1.0
-    assert other.model.hf_config["rope_scaling"]["factor"] == 8.0
+    first, second = (recipes.find("llama31_8b").pretrain_config() for _ in range(2))
+    first.model.hf_config["rope_scaling"]["factor"] = 1.0
+    assert second.model.hf_config["rope_scaling"]["factor"] == 8.0
 
 
 def test_every_recipe_is_importable_by_its_name_once_files_are_imported() -> None:

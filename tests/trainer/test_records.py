@@ -25,15 +25,15 @@ def test_a_line_has_every_field_to_the_last_bit(tmp_path):
     record = step(loss=0.1 + 0.2, lr=1 / 3, grad_norm=5e-324)
     sink = JsonLines(tmp_path / FILE)
     sink.log(record)
-    found = json.loads((tmp_path / FILE).read_text())  # before it is closed: lines are flushed
+    line = json.loads((tmp_path / FILE).read_text())  # before it is closed: lines are flushed
     sink.close()
-    assert found == {"kind": "step", **asdict(record)}
+    assert line == {"kind": "step", **asdict(record)}
 
 
 def test_numbers_without_digits_are_strings_that_float_reads(tmp_path):
     [line] = write(tmp_path, [1], loss=math.nan, grad_norm=-math.inf)
-    found = json.loads(line, parse_constant=pytest.fail)
-    assert (found["loss"], found["grad_norm"]) == ("NaN", "-Infinity")
+    fields = json.loads(line, parse_constant=pytest.fail)
+    assert (fields["loss"], fields["grad_norm"]) == ("NaN", "-Infinity")
     [record] = read_records(tmp_path / FILE)
     assert math.isnan(record["loss"])
     assert record["grad_norm"] == -math.inf
@@ -45,8 +45,8 @@ def test_a_resumed_run_replaces_the_killed_runs_later_lines(tmp_path, capsys):
     with (tmp_path / "killed" / FILE).open("a") as file:
         file.write('{"kind": "st')  # killed while it wrote
     assert write(tmp_path / "killed", [30, 40, 50], done=20) == straight
-    said = capsys.readouterr().err
-    assert said == f"note: {tmp_path / 'killed' / FILE}: 3 lines of steps after 20 dropped; they are computed again\n"
+    output = capsys.readouterr().err
+    assert output == f"note: {tmp_path / 'killed' / FILE}: 3 lines of steps after 20 dropped; they are computed again\n"
 
 
 def test_a_resume_with_nothing_to_drop_says_nothing(tmp_path, capsys):

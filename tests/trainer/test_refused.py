@@ -22,10 +22,10 @@ VERSION = "\n\nmegatron-core 0.19.2 says ("
 
 def refusal(world_size: int = 1, **changes: Any) -> str:
     config = settings(mixed_precision="fp32", **changes)
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as caught:
         rehearsal.rehearse(resolve(config, world_size=world_size, device="cpu").config.model, world_size=world_size)
     assert not dist.is_initialized()
-    return str(found.value)
+    return str(caught.value)
 
 
 def alone(setting: str, value: Any) -> str:

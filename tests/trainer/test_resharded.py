@@ -20,16 +20,16 @@ def run(ranks, model_folder):
     """Train on the ranks of a layout, from what is at `load`, and save at `save`."""
 
     def train(world, changes, *, load, save, variant="gqa"):
-        there = {"checkpoint__load": str(load), "checkpoint__save": str(save)}
-        return ranks.run(witness.train, world, str(model_folder(variant)), {**PLAN, **changes, **there})
+        checkpoints = {"checkpoint__load": str(load), "checkpoint__save": str(save)}
+        return ranks.run(witness.train, world, str(model_folder(variant)), {**PLAN, **changes, **checkpoints})
 
     return train
 
 
 def same(expected, resumed):
-    for one, other in zip(expected, resumed, strict=True):
-        assert (other.losses, other.grad_norms, other.rates) == (one.losses, one.grad_norms, one.rates)
-        assert witness.differences(one.left, other.left) == []
+    for reference, actual in zip(expected, resumed, strict=True):
+        assert (actual.losses, actual.grad_norms, actual.rates) == (reference.losses, reference.grad_norms, reference.rates)
+        assert witness.differences(reference.left, actual.left) == []
 
 
 def stopped(run, world, changes, folder):
@@ -41,9 +41,9 @@ def test_at_the_same_layout_the_run_is_the_uninterrupted_one_bit_for_bit(run, tm
     changes = {**DISTRIBUTED, **DROPOUT, **TP2}
     whole = run(2, changes, load=tmp_path / "whole", save=tmp_path / "whole")
     reshard(stopped(run, 2, changes, tmp_path / "parts"), tmp_path / "made", tp=2, verify=True)
-    for one, other in zip(whole, run(2, changes, load=tmp_path / "made", save=tmp_path / "on"), strict=True):
-        assert (other.losses, other.grad_norms) == (one.losses[STOPPED:], one.grad_norms[STOPPED:])
-        assert witness.differences(one.left, other.left) == []
+    for expected, actual in zip(whole, run(2, changes, load=tmp_path / "made", save=tmp_path / "on"), strict=True):
+        assert (actual.losses, actual.grad_norms) == (expected.losses[STOPPED:], expected.grad_norms[STOPPED:])
+        assert witness.differences(expected.left, actual.left) == []
 
 
 LAYOUTS = {
@@ -69,8 +69,8 @@ def test_experts_go_on_at_another_expert_parallelism(ranks, tmp_path, before, af
     saving, resuming = ({"model__expert_model_parallel_size": size} for size in (before, after))
 
     def train(changes, load, save):
-        there = {"checkpoint__load": str(load), "checkpoint__save": str(save)}
-        return ranks.run(witness.train, 2, model, {**PLAN, **DISTRIBUTED, **changes, **there})
+        checkpoints = {"checkpoint__load": str(load), "checkpoint__save": str(save)}
+        return ranks.run(witness.train, 2, model, {**PLAN, **DISTRIBUTED, **changes, **checkpoints})
 
     train({**saving, "train__exit_interval": STOPPED}, tmp_path / "saved", tmp_path / "saved")
     expected = train(resuming, tmp_path / "saved", tmp_path / "expected")

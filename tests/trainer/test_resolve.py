@@ -60,13 +60,13 @@ def test_the_distributed_optimizer_is_one_switch() -> None:
 def test_megatron_core_takes_the_schedule_that_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")  # else megatron-core warns that it does not know
     answer = resolved(train__train_iters=200, scheduler__lr_warmup_fraction=0.1).config
-    told, optimizer = answer.scheduler, answer.optimizer
-    assert (told.lr_decay_iters, told.lr_warmup_iters, optimizer.min_lr) == (200, 20, 0.0)
+    scheduler, optimizer = answer.scheduler, answer.optimizer
+    assert (scheduler.lr_decay_iters, scheduler.lr_warmup_iters, optimizer.min_lr) == (200, 20, 0.0)
     schedule = OptimizerParamScheduler(
         SimpleNamespace(param_groups=[]),
-        init_lr=told.lr_warmup_init, max_lr=optimizer.lr, min_lr=optimizer.min_lr, lr_warmup_steps=told.lr_warmup_iters,
-        lr_decay_steps=told.lr_decay_iters, lr_decay_style=told.lr_decay_style, start_wd=told.start_weight_decay,
-        end_wd=told.end_weight_decay, wd_incr_steps=200, wd_incr_style=told.weight_decay_incr_style,
+        init_lr=scheduler.lr_warmup_init, max_lr=optimizer.lr, min_lr=optimizer.min_lr, lr_warmup_steps=scheduler.lr_warmup_iters,
+        lr_decay_steps=scheduler.lr_decay_iters, lr_decay_style=scheduler.lr_decay_style, start_wd=scheduler.start_weight_decay,
+        end_wd=scheduler.end_weight_decay, wd_incr_steps=200, wd_incr_style=scheduler.weight_decay_incr_style,
     )  # fmt: skip
     schedule.step(20)
     assert schedule.get_lr({"max_lr": optimizer.lr, "min_lr": 0.0}) == optimizer.lr
@@ -122,10 +122,10 @@ def test_a_dataset_of_ones_own_is_not_copied() -> None:
 
 
 def test_a_run_that_saves_does_so_before_its_end_unless_it_says_how_often():
-    def saving(**told):
-        found = resolve(settings(**{f"checkpoint__{name}": value for name, value in told.items()}), world_size=1, device="cpu")
-        checkpoint = found.config.checkpoint
-        why = {one.why for one in found.explanations if one.setting.startswith("checkpoint.")}
+    def saving(**changes):
+        run = resolve(settings(**{f"checkpoint__{name}": value for name, value in changes.items()}), world_size=1, device="cpu")
+        checkpoint = run.config.checkpoint
+        why = {choice.why for choice in run.explanations if choice.setting.startswith("checkpoint.")}
         return (checkpoint.save_interval, checkpoint.save_interval_in_mins, checkpoint.keep_last), why
 
     why = {"`checkpoint.save` is set, and no interval between checkpoints"}

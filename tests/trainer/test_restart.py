@@ -65,14 +65,14 @@ def test_what_another_run_has_saved_is_not_replaced_unless_that_is_said(ranks, m
     saving = {**SHORT, "checkpoint__save": str(copy), "train__train_iters": 1}
     named = {f"checkpoint__pretrained_{what}": f"{copy}/iter_0000002" for what in ("checkpoint", "adapter")}
     others = [{"rng__seed": 7}, {"checkpoint__load": str(other)}, *({name: value} for name, value in named.items())]
-    (told,) = ranks.run(_each_told, 1, str(model_folder()), [{**saving, **more} for more in others])
-    assert told[:2] == [
+    (messages,) = ranks.run(_each_told, 1, str(model_folder()), [{**saving, **more} for more in others])
+    assert messages[:2] == [
         f"`checkpoint.save` is `{copy}`, which holds `iter_0000001` of another run, and this one {begins}: it would overwrite "
         f"that\n\nhint: resume that run with `checkpoint.load={copy}`, save to another folder, or set "
         "`checkpoint.overwrite=true` to replace it"
         for begins in ("starts anew", f"resumes from `{other}/iter_0000002`")
     ]
-    assert told[2:] == [
+    assert messages[2:] == [
         f"`checkpoint.save` is `{copy}`, and `checkpoint.{name.partition('__')[2]}` is `{value}`: what is saved would replace it"
         f"\n\nhint: save to another folder; or, to resume the run in that one, set `checkpoint.load={copy}` in place of "
         f"`checkpoint.{name.partition('__')[2]}`"
@@ -181,12 +181,12 @@ def test_checkpoints_that_name_no_run_are_resumed_and_never_taken_for_one_run(co
         resume_point.find(CheckpointConfig(load=str(other), save=str(copy)))
 
 
-def _where(told, blind):
+def _where(folders, blind):
     """What this rank resumes; rank 1 sees nothing of it where it is `blind`, since it looks elsewhere."""
     from trainer import parallel, setup
 
-    config = small.settings(Path(told["model"]), checkpoint__load="r", checkpoint__save="r")
-    os.chdir(told["elsewhere"] if blind and os.environ["RANK"] == "1" else told["here"])
+    config = small.settings(Path(folders["model"]), checkpoint__load="r", checkpoint__save="r")
+    os.chdir(folders["elsewhere"] if blind and os.environ["RANK"] == "1" else folders["here"])
     from trainer.settings.resolve import resolve
 
     with parallel.session(resolve(config, world_size=2, device="cpu").config, "cpu"):
@@ -198,9 +198,9 @@ def _where(told, blind):
 
 def test_ranks_that_do_not_see_the_checkpoint_do_not_start_anew_by_themselves(ranks, model_folder, copy, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    told = {"model": str(model_folder()), "here": str(copy.parent), "elsewhere": str(tmp_path / "elsewhere")}
-    assert ranks.run(_where, 2, told, False) == ["r/iter_0000002"] * 2
-    first, second = ranks.run(_where, 2, told, True)
+    folders = {"model": str(model_folder()), "here": str(copy.parent), "elsewhere": str(tmp_path / "elsewhere")}
+    assert ranks.run(_where, 2, folders, False) == ["r/iter_0000002"] * 2
+    first, second = ranks.run(_where, 2, folders, True)
     assert first == second
     assert first.startswith("`r/iter_0000002` is to be resumed, and rank 1 on `")
     assert first.endswith("` does not see it\n\nhint: all hosts should share the folder of checkpoints")

@@ -37,18 +37,18 @@ def run(ranks, model_folder):
 
 def _in_two(run, world, changes, folder, **second):
     """Stop after three steps, then go on; what the second part saw."""
-    there = {**changes, "checkpoint__save": str(folder), "checkpoint__load": str(folder)}
-    run(world, {**there, "train__exit_interval": STOPPED})
-    return run(second.pop("world", world), {**there, **second})
+    saving = {**changes, "checkpoint__save": str(folder), "checkpoint__load": str(folder)}
+    run(world, {**saving, "train__exit_interval": STOPPED})
+    return run(second.pop("world", world), {**saving, **second})
 
 
 def _same(whole, resumed, at=STOPPED):
-    for one, other in zip(whole, resumed, strict=True):
-        assert other.losses == one.losses[at:]
-        assert other.grad_norms == one.grad_norms[at:]
-        assert other.rates == one.rates[at:]
-        assert other.evaluations == one.evaluations[-len(other.evaluations) :]
-        assert witness.differences(one.left, other.left) == []
+    for expected, actual in zip(whole, resumed, strict=True):
+        assert actual.losses == expected.losses[at:]
+        assert actual.grad_norms == expected.grad_norms[at:]
+        assert actual.rates == expected.rates[at:]
+        assert actual.evaluations == expected.evaluations[-len(actual.evaluations) :]
+        assert witness.differences(expected.left, actual.left) == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -67,7 +67,7 @@ def test_a_blend_of_examples_goes_on_and_each_held_out_set_is_told_by_its_name(r
     files = [tmp_path / f"{name}.jsonl" for name in ("sums", "products", "held", "other")]
     for factor, file in enumerate(files, 1):
         pairs = [{"prompt": f"{n} times {factor} is ", "completion": str(n * factor)} for n in range(20)]
-        file.write_text("".join(json.dumps(one) + "\n" for one in pairs))
+        file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     sums, products, *held_out = map(str, files)
     dataset = FinetuningDatasetConfig(
         blend=[0.3, sums, 0.7, products], validation_path=held_out, sequence_length=64, split="90,0,10", num_workers=0
@@ -79,10 +79,10 @@ def test_a_blend_of_examples_goes_on_and_each_held_out_set_is_told_by_its_name(r
     assert witness.metrics(tmp_path / "parts") == witness.metrics(tmp_path / "whole")
     asked = [line["prompt"] for line in witness.metrics(tmp_path / "whole") if line["kind"] == "sample"]
     assert asked == ["0 times 3 is ", "1 times 3 is "]  # of the first held-out set
-    (one,) = whole
-    told = [split for split, _ in one.evaluations]
-    assert told == ["validation/held", "validation/other"] * (STEPS // 2) + ["test/sums", "test/products"]
-    assert len({loss for _, loss in one.evaluations}) == len(told)
+    (history,) = whole
+    splits = [split for split, _ in history.evaluations]
+    assert splits == ["validation/held", "validation/other"] * (STEPS // 2) + ["test/sums", "test/products"]
+    assert len({loss for _, loss in history.evaluations}) == len(splits)
 
 
 def test_the_order_of_real_data_goes_on_across_an_epochs_end(run, tmp_path):
@@ -108,9 +108,9 @@ def test_the_order_of_real_data_goes_on_across_an_epochs_end(run, tmp_path):
 
     plain = {name: value for name, value in changes.items() if name != "train__exit_interval"}
     whole = run(1, {**plain, "dataset": data(), "checkpoint__save": str(tmp_path / "whole")})
-    there = {"dataset": data(), "checkpoint__save": str(tmp_path / "parts"), "checkpoint__load": str(tmp_path / "parts")}
-    run(1, {**changes, **there})
-    resumed = run(1, {**plain, **there})
+    saving = {"dataset": data(), "checkpoint__save": str(tmp_path / "parts"), "checkpoint__load": str(tmp_path / "parts")}
+    run(1, {**changes, **saving})
+    resumed = run(1, {**plain, **saving})
     _same(whole, resumed, at=10)
     assert witness.metrics(tmp_path / "parts") == witness.metrics(tmp_path / "whole")
 
@@ -127,10 +127,10 @@ PAIRS = {
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_run_goes_on_at_another_layout(pair, run, tmp_path):
     (world, before), (other_world, after) = PAIRS[pair]
-    there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    saving = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
     (whole, *_) = run(1, {})
-    run(world, {**before, **there, "train__exit_interval": STOPPED})
-    for resumed in run(other_world, {**after, **there}):
+    run(world, {**before, **saving, "train__exit_interval": STOPPED})
+    for resumed in run(other_world, {**after, **saving}):
         assert resumed.losses == pytest.approx(whole.losses[STOPPED:], abs=1e-4)  # fp32 sums in another order
         assert resumed.grad_norms == pytest.approx(whole.grad_norms[STOPPED:], abs=1e-4)
         assert resumed.rates == whole.rates[STOPPED:]
@@ -148,10 +148,10 @@ IN_BF16 = {
 @pytest.mark.parametrize("pair", IN_BF16)
 def test_a_run_in_bf16_with_the_distributed_optimizer_goes_on_at_another_layout(pair, run, tmp_path):
     (world, before), (other_world, after) = IN_BF16[pair]
-    there = {**BF16, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    saving = {**BF16, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
     (whole, *_) = run(1, BF16)
-    run(world, {**before, **there, "train__exit_interval": STOPPED})
-    for resumed in run(other_world, {**after, **there}):
+    run(world, {**before, **saving, "train__exit_interval": STOPPED})
+    for resumed in run(other_world, {**after, **saving}):
         # bf16 keeps 8 bits: sums in another order differ by 1e-3 of the loss's 6. Without Adam's state it is 2e-2 and more.
         assert resumed.losses == pytest.approx(whole.losses[STOPPED:], abs=1e-2)
         assert {float(step) for name, step in resumed.left.items() if name.endswith(".step")} == {STEPS}
@@ -184,12 +184,12 @@ def _fails(run, world, changes, text):
 
 
 def test_another_kind_of_optimizer_is_an_error_that_names_both(run, tmp_path):
-    there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    run(1, {**there, "train__exit_interval": 1})
+    saving = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    run(1, {**saving, "train__exit_interval": 1})
     _fails(
         run,
         1,
-        {**there, **DISTRIBUTED},
+        {**saving, **DISTRIBUTED},
         f"`{tmp_path}/iter_0000001` was saved by megatron-core's `FP32Optimizer`, this run has `DistributedOptimizer`\n\n"
         "hint: resume with `ddp.use_distributed_optimizer` and `mixed_precision` as they were, or start from the weights alone: "
         f"`checkpoint.pretrained_checkpoint={tmp_path}` with another `checkpoint.save`",
@@ -197,25 +197,25 @@ def test_another_kind_of_optimizer_is_an_error_that_names_both(run, tmp_path):
 
 
 def test_state_that_reshards_over_data_parallel_ranks_alone_says_so_at_another_tp(run, tmp_path):
-    there = {**DISTRIBUTED, "checkpoint__optim_sharding": "dp_reshardable"}
-    (whole, *_) = run(2, there)
-    there |= {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    run(2, {**there, "train__exit_interval": STOPPED})
+    changes = {**DISTRIBUTED, "checkpoint__optim_sharding": "dp_reshardable"}
+    (whole, *_) = run(2, changes)
+    changes |= {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    run(2, {**changes, "train__exit_interval": STOPPED})
     _fails(
         run,
         2,
-        {**there, **TP2},
+        {**changes, **TP2},
         f"`{tmp_path}/iter_0000003` was saved `dp_reshardable` at TP 1, PP 1; this run has TP 2, PP 1\n\n"
         "hint: resume at the same TP and PP, or save with `checkpoint.optim_sharding=fully_reshardable`",
     )
-    (resumed,) = run(1, there)
+    (resumed,) = run(1, changes)
     assert resumed.losses == pytest.approx(whole.losses[STOPPED:], abs=1e-4)
 
 
 def test_a_changed_batch_size_goes_on_at_the_next_sample(run, tmp_path):
-    there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    run(1, {**there, "train__exit_interval": STOPPED})
-    (resumed,) = run(1, {**there, "train__global_batch_size": 2, "train__train_iters": 5})
+    saving = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    run(1, {**saving, "train__exit_interval": STOPPED})
+    (resumed,) = run(1, {**saving, "train__global_batch_size": 2, "train__train_iters": 5})
     assert resumed.left["samples"] == STOPPED * small.BATCH + 2 * 2
     twelve = small.FixedTokens(384).build(None, 0, (16, 0, 0))[0]
     assert resumed.seen == [twelve[number]["tokens"].tolist() for number in range(12, 16)]
@@ -227,12 +227,12 @@ def _as_earlier(folder, changes):
 
     now = state_dict.state_dict
 
-    def before(*told, loading, **further):
-        found = now(*told, loading=loading, **further)
+    def before(*arguments, loading, **further):
+        state = now(*arguments, loading=loading, **further)
         if not loading:
-            found["opt_param_scheduler"]["num_steps"] *= small.BATCH
-            found["mbtrain"]["layout"] = list(found["mbtrain"]["layout"].values())[:3]
-        return found
+            state["opt_param_scheduler"]["num_steps"] *= small.BATCH
+            state["mbtrain"]["layout"] = list(state["mbtrain"]["layout"].values())[:3]
+        return state
 
     state_dict.state_dict = before
     return witness.train(folder, changes)
@@ -247,13 +247,14 @@ def test_the_learning_rate_goes_on_where_it_was_whatever_the_batch_size(wrote, r
         "scheduler__end_weight_decay": 0.1,
     }
     plan |= {"scheduler__weight_decay_incr_style": "linear", "validation__eval_iters": 0}
-    there = {**plan, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    saving = {**plan, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
     (whole,) = ranks.run(witness.train, 1, str(model_folder()), plan)
-    ranks.run(wrote, 1, str(model_folder()), {**there, "train__exit_interval": STOPPED})
-    (resumed,) = ranks.run(witness.train, 1, str(model_folder()), {**there, "train__global_batch_size": 16})
+    ranks.run(wrote, 1, str(model_folder()), {**saving, "train__exit_interval": STOPPED})
+    (resumed,) = ranks.run(witness.train, 1, str(model_folder()), {**saving, "train__global_batch_size": 16})
     assert resumed.rates == whole.rates[STOPPED:]
     decays = [
-        {name: told["weight_decay"] for name, told in one.left.items() if isinstance(told, dict)} for one in (whole, resumed)
+        {name: group["weight_decay"] for name, group in history.left.items() if isinstance(group, dict)}
+        for history in (whole, resumed)
     ]
     assert decays[0] == decays[1]
 
@@ -273,7 +274,7 @@ def _experts(folder, changes):
 
 def test_each_rank_of_experts_gets_its_own_random_numbers_back(ranks, tmp_path):
     whole = ranks.run(_experts, 2, str(tmp_path / "whole"), {})
-    drawn = [str(one.left["tracker expert-parallel-rng"].tolist()) for one in whole]
+    drawn = [str(rank.left["tracker expert-parallel-rng"].tolist()) for rank in whole]
     assert drawn[0] != drawn[1]
     ranks.run(_experts, 2, str(tmp_path / "parts"), {"exit_interval": 2})
     _same(whole, ranks.run(_experts, 2, str(tmp_path / "parts"), {}), at=2)
@@ -281,20 +282,20 @@ def test_each_rank_of_experts_gets_its_own_random_numbers_back(ranks, tmp_path):
 
 def test_a_resumed_run_follows_its_own_settings_not_those_that_were_saved(run, tmp_path):
     for name, layout in {"plain": {}, "distributed": DISTRIBUTED}.items():
-        there = {**layout, "checkpoint__save": str(tmp_path / name), "checkpoint__load": str(tmp_path / name)}
-        run(1, {**there, "train__exit_interval": STOPPED})
-        (resumed,) = run(1, {**there, "optimizer__lr": 1e-5, "optimizer__min_lr": 1e-6, "optimizer__adam_beta2": 0.9})
+        saving = {**layout, "checkpoint__save": str(tmp_path / name), "checkpoint__load": str(tmp_path / name)}
+        run(1, {**saving, "train__exit_interval": STOPPED})
+        (resumed,) = run(1, {**saving, "optimizer__lr": 1e-5, "optimizer__min_lr": 1e-6, "optimizer__adam_beta2": 0.9})
         assert max(resumed.rates) <= 1e-5
-        assert {told["betas"] for name, told in resumed.left.items() if isinstance(told, dict) and "betas" in told} == {
+        assert {group["betas"] for name, group in resumed.left.items() if isinstance(group, dict) and "betas" in group} == {
             (0.9, 0.9)
         }
 
 
 def test_a_run_that_is_done_does_nothing_when_it_is_started_again(run, tmp_path):
-    there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path), "train__train_iters": 5}
-    run(1, there)
+    saving = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path), "train__train_iters": 5}
+    run(1, saving)
     before = _tree(tmp_path)
-    (again,) = run(1, there)
+    (again,) = run(1, saving)
     assert again.losses == []
     assert _tree(tmp_path) == before
 
@@ -304,7 +305,7 @@ def _tree(folder):
 
 
 def test_a_model_of_another_shape_is_an_error_that_names_the_checkpoint(run, tmp_path):
-    there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
-    run(2, {**there, "train__exit_interval": STOPPED})
+    saving = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    run(2, {**saving, "train__exit_interval": STOPPED})
     with pytest.raises(UserError, match=r"iter_0000003` cannot be resumed from: `decoder.*` is `.*` there, and `.*512"):
-        run(2, {**there, "model__ffn_hidden_size": 256})
+        run(2, {**saving, "model__ffn_hidden_size": 256})

@@ -25,7 +25,7 @@ class SomeCount(small.FixedTokens):
     """Tokens of which each sample leaves out another share."""
 
     def build(self, tokenizer, vocab_size, samples):
-        return tuple(_Masked(one) for one in super().build(tokenizer, vocab_size, samples))
+        return tuple(_Masked(dataset) for dataset in super().build(tokenizer, vocab_size, samples))
 
 
 @dataclass
@@ -86,15 +86,15 @@ def _by_transformers(folder):
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     groups = [
-        {"params": [one for one in model.parameters() if one.ndim > 1], "weight_decay": 0.1},
-        {"params": [one for one in model.parameters() if one.ndim == 1], "weight_decay": 0.0},
+        {"params": [parameter for parameter in model.parameters() if parameter.ndim > 1], "weight_decay": 0.1},
+        {"params": [parameter for parameter in model.parameters() if parameter.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     samples = SomeCount(model.config.vocab_size).build(None, 0, (10**6, 0, 0))[0]
     losses, norms = [], []
     for step in range(STEPS):
         batch = [samples[step * BATCH + i] for i in range(BATCH)]
-        tokens, labels, mask = (torch.stack([one[name] for one in batch]) for name in ("tokens", "labels", "loss_mask"))
+        tokens, labels, mask = (torch.stack([sample[name] for sample in batch]) for name in ("tokens", "labels", "loss_mask"))
         each = torch.nn.functional.cross_entropy(model(tokens).logits.transpose(1, 2), labels, reduction="none")
         loss = (each * mask).sum() / mask.sum()
         optimizer.zero_grad()
@@ -116,9 +116,9 @@ def test_where_a_dataset_leaves_tokens_out_the_mean_is_over_all_that_count_in_th
     """A dataset of one's own needs to say nothing: its loss mask is enough, at any micro batch size."""
     folder = str(model_folder("gqa"))
     losses, norms = _by_transformers(folder)
-    for found, found_norms in ranks.run(_train, 2, folder, changes, True):
-        assert found == pytest.approx(losses, abs=CLOSE)
-        assert found_norms == pytest.approx(norms, rel=1e-3)
+    for actual, actual_norms in ranks.run(_train, 2, folder, changes, True):
+        assert actual == pytest.approx(losses, abs=CLOSE)
+        assert actual_norms == pytest.approx(norms, rel=1e-3)
 
 
 def _without_a_count(folder):
@@ -155,7 +155,7 @@ def test_the_choice_of_the_mean_is_told_with_its_reason():
     config = llama_tiny.pretrain_config()
     config.dataset.eod_mask_loss = True
     resolved = resolve(config, world_size=1, device="cpu")
-    (choice,) = [one for one in resolved.explanations if one.setting == "model.calculate_per_token_loss"]
+    (choice,) = [explanation for explanation in resolved.explanations if explanation.setting == "model.calculate_per_token_loss"]
     assert (choice.value, resolved.config.model.calculate_per_token_loss) == (True, True)
     assert choice.why == (
         "`dataset.eod_mask_loss` leaves out what follows the end of a document: the mean is over those that count in the whole "

@@ -38,10 +38,10 @@ def test_what_megatron_core_writes_with_is_asked_for_before_the_first_step(monke
     ],
 )
 def test_a_hint_belongs_to_its_cause(error, why, hint, tmp_path):
-    said = str(causes.not_saved(error, tmp_path, last_good="no checkpoint was saved yet"))
-    assert said.startswith(f"saving `{tmp_path}` failed: {why} (")
-    assert f"; no checkpoint was saved yet\n\nhint: {hint}" in said
-    assert ("make room" in said) == (error.args[0] == errno.ENOSPC)
+    message = str(causes.not_saved(error, tmp_path, last_good="no checkpoint was saved yet"))
+    assert message.startswith(f"saving `{tmp_path}` failed: {why} (")
+    assert f"; no checkpoint was saved yet\n\nhint: {hint}" in message
+    assert ("make room" in message) == (error.args[0] == errno.ENOSPC)
 
 
 def test_tensors_that_megatron_does_not_have_are_in_every_checkpoint(ranks, tmp_path):

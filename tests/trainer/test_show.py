@@ -23,18 +23,18 @@ def mbtrain(*words: str | Path) -> Result:
 
 
 def test_show_prints_the_whole_run_and_what_follows_from_it() -> None:
-    told = mbtrain("show", "llama32_1b", "train.train_iters=50", "--all")
-    document = yaml.safe_load(told.stdout)
+    result = mbtrain("show", "llama32_1b", "train.train_iters=50", "--all")
+    document = yaml.safe_load(result.stdout)
     assert (document["train"]["train_iters"], document["model"]["num_layers"]) == (50, 16)
-    lines = told.stdout.splitlines()
+    lines = result.stdout.splitlines()
     assert "# parameters: 1,235,814,400" in lines
     assert any(line.startswith("# memory of the fullest of 1 GPU, estimated: ") for line in lines)
     assert "# model.params_dtype = bfloat16: `mixed_precision=bf16_mixed`" in lines
 
 
 def test_show_says_what_adapters_train_and_take() -> None:
-    told = mbtrain("show", "llama3_8b", "peft=lora")
-    lines = told.stdout.splitlines()
+    result = mbtrain("show", "llama3_8b", "peft=lora")
+    lines = result.stdout.splitlines()
     trained = 32 * 32 * ((4096 + 6144) + (4096 + 4096) + (4096 + 28672) + (14336 + 4096))  # layers × r × (inputs + outputs)
     assert f"# trained: {trained / 1e6:.3g} M of {(trained + 8_030_261_248) / 1e9:.3g} B parameters" in lines
     assert f"#   adapters: 0.1 GB, {trained:,} parameters in bfloat16" in lines
@@ -57,31 +57,33 @@ def test_what_show_prints_is_a_run_that_shows_the_same(words: list[str], every: 
     again = mbtrain("show", "--config", tmp_path / "run.yaml", *words[-2:], *every)
     assert again.exit_code == 0, again.stderr
     assert yaml.safe_load(again.stdout) == yaml.safe_load(once.stdout)
-    resolved = [mbtrain("show", *told, *words[-2:], "--all").stdout for told in (words[:-2], ["--config", tmp_path / "run.yaml"])]
+    resolved = [
+        mbtrain("show", *start, *words[-2:], "--all").stdout for start in (words[:-2], ["--config", tmp_path / "run.yaml"])
+    ]
     assert yaml.safe_load(resolved[0]) == yaml.safe_load(resolved[1])
 
 
 def test_what_show_prints_pins_nothing_that_nobody_chose(tmp_path: Path) -> None:
     """A laptop has no fused kernels. The machine with GPUs that is given the file has."""
-    told = mbtrain("show", "llama32_1b", "train.micro_batch_size=2")
-    (tmp_path / "run.yaml").write_text(told.stdout)
+    result = mbtrain("show", "llama32_1b", "train.micro_batch_size=2")
+    (tmp_path / "run.yaml").write_text(result.stdout)
     model = read_run(None, config_file=tmp_path / "run.yaml").model
     assert {name: getattr(model, name) for name in KERNELS} == dict.fromkeys(KERNELS)
-    document = yaml.safe_load(told.stdout)
+    document = yaml.safe_load(result.stdout)
     assert (document["recipe"], document["train"]["micro_batch_size"]) == ("llama32_1b", 2)
     assert "model" not in document
-    assert len(told.stdout.splitlines()) < 60
+    assert len(result.stdout.splitlines()) < 60
     assert "is set in Python code" not in mbtrain("show", "llama32_1b", "--all").stdout
 
 
 def test_show_builds_a_mixture_of_experts() -> None:
     experts = ("num_moe_experts=8", "moe_ffn_hidden_size=64", "expert_model_parallel_size=2")
-    told = mbtrain("show", "llama_tiny", "~model.hf_config", *(f"model.{one}" for one in experts), "--nproc", "2")
+    result = mbtrain("show", "llama_tiny", "~model.hf_config", *(f"model.{setting}" for setting in experts), "--nproc", "2")
     attention, embedding = 256 * (256 + 2 * 128) + 256 * 256, 2 * 257 * 256 + 256
     layer = attention + 2 * 256 + 8 * 256 + 8 * 3 * 256 * 64
-    assert f"# parameters: {embedding + 4 * layer:,}" in told.stdout.splitlines(), told.stderr or told.exception
+    assert f"# parameters: {embedding + 4 * layer:,}" in result.stdout.splitlines(), result.stderr or result.exception
     sizes = [
-        line for line in told.stdout.splitlines() if line.startswith(("# memory of the fullest", "# the same if all tokens"))
+        line for line in result.stdout.splitlines() if line.startswith(("# memory of the fullest", "# the same if all tokens"))
     ]
     even, uneven = (float(line.rpartition(": ")[2].split()[0]) for line in sizes)
     assert uneven > even
@@ -148,8 +150,8 @@ def test_help_and_recipes_need_no_torch() -> None:
         "    assert CliRunner().invoke(main, words).exit_code == 0, words\n"
         "print(*{'torch', 'megatron', 'transformers', 'pyarrow', 'hydra'} & sys.modules.keys())"
     )
-    told = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)
-    assert told.stdout == "\n"
+    result = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)
+    assert result.stdout == "\n"
 
 
 @pytest.mark.parametrize("name", recipes.every())

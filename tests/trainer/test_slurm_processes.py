@@ -48,13 +48,13 @@ def test_one_node_needs_no_scontrol():
 
 
 def test_an_address_that_was_set_is_kept():
-    told = parallel.slurm_variables({**TASK, "PATH": "", "MASTER_ADDR": "head", "MASTER_PORT": "999"})
-    assert (told["MASTER_ADDR"], told["MASTER_PORT"]) == ("head", "999")
+    variables = parallel.slurm_variables({**TASK, "PATH": "", "MASTER_ADDR": "head", "MASTER_PORT": "999"})
+    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("head", "999")
 
 
-@pytest.mark.parametrize(("there", "why"), [(False, "is not installed here"), (True, "failed")])
-def test_hosts_that_cannot_be_told_apart_are_an_error(there, why, tmp_path):
-    path = _scontrol(tmp_path, "exit 1") if there else ""
+@pytest.mark.parametrize(("installed", "why"), [(False, "is not installed here"), (True, "failed")])
+def test_hosts_that_cannot_be_told_apart_are_an_error(installed, why, tmp_path):
+    path = _scontrol(tmp_path, "exit 1") if installed else ""
     with pytest.raises(UserError) as refused:
         parallel.slurm_variables({**TASK, "PATH": path})
     assert str(refused.value) == (
@@ -95,7 +95,7 @@ def test_more_processes_than_gpus_are_refused():
     )
 
 
-def _pretrain(place, arguments):
+def _pretrain(folder, arguments):
     """As srun starts it: told by variables alone which task this is."""
     task = os.environ["RANK"]
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
@@ -109,7 +109,7 @@ def _pretrain(place, arguments):
         "SLURM_STEP_NODELIST": "localhost",
     }
     sys.argv = ["mbtrain", "pretrain", "llama_tiny", *arguments]
-    with (place / task).open("w") as heard, contextlib.redirect_stderr(heard):
+    with (folder / task).open("w") as heard, contextlib.redirect_stderr(heard):
         main(standalone_mode=False)
 
 
@@ -120,7 +120,7 @@ def test_two_tasks_train_together(tmp_path, ranks):
     heard = [(tmp_path / task).read_text() for task in "01"]
     assert [len(re.findall(r"^step ", text, re.MULTILINE)) for text in heard] == [0, 2]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [one["iteration"] for one in records] == [1, 2]
+    assert [record["iteration"] for record in records] == [1, 2]
 
 
 MEET = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -129,7 +129,7 @@ BOTH = f"{WAYS_OUT}; or set both to rank 0's host and a free port of it"
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("variables", "message"),
     [
         ({}, f"`MASTER_ADDR` and `MASTER_PORT` are not set: the processes cannot connect\n\nhint: {BOTH}"),
         ({"MASTER_ADDR": "a"}, f"`MASTER_PORT` is not set: the processes cannot connect\n\nhint: {BOTH}"),
@@ -138,15 +138,15 @@ BOTH = f"{WAYS_OUT}; or set both to rank 0's host and a free port of it"
         ({**MEET, "MASTER_PORT": "65536"}, "`MASTER_PORT` is `65536`, which is not a port\n\n"),
     ],
 )  # fmt: skip
-def test_several_processes_that_do_not_know_where_to_meet_are_told(told, message):
+def test_several_processes_that_do_not_know_where_to_meet_are_told(variables, message):
     with pytest.raises(UserError) as refused:
-        parallel.check_rendezvous({"RANK": "0", "WORLD_SIZE": "2", **told})
+        parallel.check_rendezvous({"RANK": "0", "WORLD_SIZE": "2", **variables})
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("told", [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "2", **MEET}, MEET])
-def test_one_process_needs_no_place_to_meet(told):
-    parallel.check_rendezvous(told)
+@pytest.mark.parametrize("variables", [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "2", **MEET}, MEET])
+def test_one_process_needs_no_place_to_meet(variables):
+    parallel.check_rendezvous(variables)
 
 
 @pytest.mark.filterwarnings("ignore")  # megatron-core's own, which commands do not show

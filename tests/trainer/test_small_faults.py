@@ -31,17 +31,17 @@ def _hold(folder: str) -> list[float]:
     """On rank 0 alone, a tensor of 256 MiB; what each rank's steps say of memory."""
     from trainer.loop import pretrain
 
-    told: list[float] = []
+    memory: list[float] = []
 
     class Watch(small.History):
         def on_start(self, run: Any) -> None:
             self.held = torch.ones(2**26) if dist.get_rank() == 0 else None
 
         def on_step(self, run: Any, step: Any) -> None:
-            told.append(step.memory_gib)
+            memory.append(step.memory_gib)
 
     pretrain(small.settings(Path(folder), train__train_iters=1, scheduler__lr_warmup_iters=0), callbacks=[Watch()])
-    return told
+    return memory
 
 
 def test_memory_is_that_of_the_rank_that_holds_most(ranks, model_folder) -> None:
@@ -68,7 +68,7 @@ def _resume(folder: str, save: str) -> list[str]:
         warnings.simplefilter("always")
         importlib.reload(warnings_filter)
         small.train(folder, {**changes, "train__train_iters": 2})
-    return [str(one.message) for one in heard]
+    return [str(warning.message) for warning in heard]
 
 
 def test_a_resume_prints_no_warnings_of_libraries(ranks, model_folder, tmp_path) -> None:

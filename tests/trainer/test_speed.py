@@ -26,9 +26,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    found = Clock()
-    monkeypatch.setattr(time, "perf_counter", found)
-    return found
+    fake = Clock()
+    monkeypatch.setattr(time, "perf_counter", fake)
+    return fake
 
 
 def told(clock, seconds, *, every, resumed_at=0, carried=None, start=0.0):
@@ -52,7 +52,7 @@ def test_a_resume_between_two_lines_does_not_credit_steps_before_it(clock):
     _, carried = told(clock, [1.0] * 39, every=20)
     assert carried["steps"] == 19
     records, _ = told(clock, [2.0] * 21, every=20, resumed_at=39, carried=carried)
-    assert [(one.iteration, one.seconds_per_step, one.tokens_per_second_per_gpu) for one in records] == [
+    assert [(record.iteration, record.seconds_per_step, record.tokens_per_second_per_gpu) for record in records] == [
         (40, 2.0, TOKENS / 2),
         (60, 2.0, TOKENS / 2),
     ]
@@ -60,10 +60,10 @@ def test_a_resume_between_two_lines_does_not_credit_steps_before_it(clock):
 
 def test_neither_the_start_nor_the_first_step_counts_in_the_first_rate(clock):
     records, _ = told(clock, [7.0, 1.0, 1.0, 1.0, 1.0, 1.0], every=3, start=100.0)
-    assert [one.seconds_per_step for one in records] == [1.0, 1.0]
+    assert [record.seconds_per_step for record in records] == [1.0, 1.0]
     assert records[0].time_left_s == 57.0
 
 
 def test_a_line_that_has_the_first_step_alone_has_its_rate(clock):
     records, _ = told(clock, [7.0, 1.0], every=1, start=100.0)
-    assert [one.seconds_per_step for one in records] == [7.0, 1.0]
+    assert [record.seconds_per_step for record in records] == [7.0, 1.0]

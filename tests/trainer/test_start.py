@@ -42,7 +42,11 @@ def _world():
 
 
 def _weights(chunks):
-    return {f"{n}.{name}": one.detach().clone() for n, chunk in enumerate(chunks) for name, one in chunk.named_parameters()}
+    return {
+        f"{n}.{name}": parameter.detach().clone()
+        for n, chunk in enumerate(chunks)
+        for name, parameter in chunk.named_parameters()
+    }
 
 
 def _load_both(folder, changes, sources, megatron):
@@ -55,10 +59,10 @@ def _load_both(folder, changes, sources, megatron):
 
     config, build = _built(folder, changes)
     with parallel.session(config, "cpu"):
-        loaded, told = [], []
+        loaded, messages = [], []
         for source in sources:
             chunks = build()
-            told.append(str(live.load(chunks, source)))
+            messages.append(str(live.load(chunks, source)))
             loaded.append(_weights(chunks))
         chunks = build()
         states = {f"model{n}": chunk.sharded_state_dict() for n, chunk in enumerate(chunks)}
@@ -66,7 +70,7 @@ def _load_both(folder, changes, sources, megatron):
         states = dist_checkpointing.load(states, str(Path(megatron) / "iter_0000000"), strict=strict)
         for n, chunk in enumerate(chunks):
             chunk.load_state_dict(states[f"model{n}"])
-        return loaded, _weights(chunks), told
+        return loaded, _weights(chunks), messages
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +90,16 @@ def megatron(model_folder, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_those_of_megatron_cores_own_strict_load(case, ranks, model_folder, megatron):
     variant, world, changes = CASES[case]
-    there = str(megatron(variant))
-    sources = [str(model_folder(variant)), there]
-    for loaded, oracle, told in ranks.run(_load_both, world, str(model_folder(variant)), changes, sources, there):
+    converted = str(megatron(variant))
+    sources = [str(model_folder(variant)), converted]
+    for loaded, oracle, messages in ranks.run(_load_both, world, str(model_folder(variant)), changes, sources, converted):
         for weights in loaded:
-            for name, one in weights.items():
+            for name, weight in weights.items():
                 rows = 389 if "embedding" in name or "output_layer" in name else None  # megatron-core leaves padding as it was
-                same = (one == oracle[name])[:rows] if world == 1 and rows else one == oracle[name]
-                assert same.all() or (rows and variant == "padded_vocab" and _equal_without_padding(one, oracle[name])), name
+                same = (weight == oracle[name])[:rows] if world == 1 and rows else weight == oracle[name]
+                assert same.all() or (rows and variant == "padded_vocab" and _equal_without_padding(weight, oracle[name])), name
         huggingface, megatrons = {"tied": (38, 26)}.get(variant, (39, 27))
-        for line, count in zip(told, (huggingface, megatrons), strict=True):
+        for line, count in zip(messages, (huggingface, megatrons), strict=True):
             assert line.startswith(f"loaded {count} of {count} tensors, ")
 
 
@@ -110,10 +114,10 @@ def test_a_quantized_model_is_trained_as_the_plain_one_that_it_means(ranks, mode
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
 
 
-def _equal_without_padding(one, other):
+def _equal_without_padding(weight, expected):
     """The last rank's rows, up to where the trainer has zeros."""
-    kept = one.abs().sum(1) > 0
-    return bool((one[kept] == other[kept]).all())
+    kept = weight.abs().sum(1) > 0
+    return bool((weight[kept] == expected[kept]).all())
 
 
 def _refused(folder, changes, source):
@@ -157,10 +161,10 @@ def test_weights_that_do_not_fit_are_an_error_on_every_rank_before_one_changes(f
         wide: f"`decoder.layers.0.mlp.linear_fc1.weight` has shape [256, 64] in `{wide}`, in the model [192, 64]",
     }
     for path, text in expected.items():
-        told = ranks.run(_refused, 2, str(model_folder()), TP2, path)
-        assert [message for message, _, _ in told] == [text + HINT] * 2
-        assert sorted(silent for _, silent, _ in told) == [False, True]
-        assert not any(changed for _, _, changed in told)
+        answers = ranks.run(_refused, 2, str(model_folder()), TP2, path)
+        assert [message for message, _, _ in answers] == [text + HINT] * 2
+        assert sorted(silent for _, silent, _ in answers) == [False, True]
+        assert not any(changed for _, _, changed in answers)
 
 
 def _bytes_read(folder, changes, source):
@@ -199,9 +203,9 @@ def test_one_rank_compares_what_must_be_equal_and_all_are_told(ranks, tmp_path):
     assert first - second == pytest.approx(both, rel=0.01)
     head[0] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    said = ranks.run(_said, 2, str(folder), {})
-    assert said[0] == said[1]
-    assert "`lm_head.weight` differs from `model.embed_tokens.weight`" in said[0]
+    messages = ranks.run(_said, 2, str(folder), {})
+    assert messages[0] == messages[1]
+    assert "`lm_head.weight` differs from `model.embed_tokens.weight`" in messages[0]
 
 
 def test_a_trainers_checkpoint_gives_its_weights_and_no_more(ranks, model_folder, tmp_path):
@@ -239,10 +243,10 @@ def _told(folder, changes):
 @pytest.mark.parametrize("setting", ["checkpoint.save", "logger.run_dir", "logger.tensorboard_dir"])
 def test_a_folder_that_cannot_be_written_is_told_on_all_ranks_before_the_first_step(setting, ranks, model_folder, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    there = tmp_path / "file" / "run"
-    told = ranks.run(_told, 2, str(model_folder()), {setting.replace(".", "__"): str(there)})
-    assert told[0] == told[1]
-    assert told[0].startswith(f"`{setting}` is `{there}`, which cannot be written to: Not a directory\n")
+    path = tmp_path / "file" / "run"
+    messages = ranks.run(_told, 2, str(model_folder()), {setting.replace(".", "__"): str(path)})
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"`{setting}` is `{path}`, which cannot be written to: Not a directory\n")
 
 
 def _said(folder, changes):
@@ -263,8 +267,8 @@ def _said(folder, changes):
 def test_a_model_that_shapes_alone_cannot_tell_from_the_weights_own_is_refused(ranks, model_folder):
     folder = str(model_folder("gqa"))  # 8 heads of 8, 4 groups
     other = {"model__num_attention_heads": 4, "model__kv_channels": 16, "model__num_query_groups": 2}
-    (said,) = ranks.run(_said, 1, folder, other)
-    assert said == (
+    (message,) = ranks.run(_said, 1, folder, other)
+    assert message == (
         f"`model.num_attention_heads` is `4`, and the weights at `{folder}` were made with `8`\n\n"
         "hint: set `model.num_attention_heads=8`, or name other weights"
     )

@@ -42,6 +42,6 @@ def test_what_is_missing_is_named_on_every_rank_before_a_weight_changes(lacking,
             del tensors[name]
 
     quantized_models.edit(source, take_out)
-    for said, _, changed in ranks.run(test_start._refused, 2, str(deepseek), EP2, str(source)):
-        assert message.format(start) in said
+    for error, _, changed in ranks.run(test_start._refused, 2, str(deepseek), EP2, str(source)):
+        assert message.format(start) in error
         assert not changed

@@ -36,7 +36,7 @@ def _loaded(folder, sources):
         weights, notes = [], []
         for source in sources:
             live.load(chunks, source, note=notes.append)
-            weights.append({name: one.detach().clone() for name, one in chunks[0].named_parameters()})
+            weights.append({name: parameter.detach().clone() for name, parameter in chunks[0].named_parameters()})
     return weights, notes
 
 
@@ -52,9 +52,9 @@ def test_a_run_starts_from_the_weights_of_each_kind(case, ranks, tmp_path):
     sources = [str(source) for name, root in zip(names, roots, strict=True) for source in (root, tmp_path / name / "hf")]
     ((weights, _),) = ranks.run(_loaded, 1, str(folder), sources)
     for megatron, huggingface in zip(weights[::2], weights[1::2], strict=True):
-        assert all((one == huggingface[name]).all() for name, one in megatron.items())
+        assert all((weight == huggingface[name]).all() for name, weight in megatron.items())
     if case == "ranks":
-        assert all((one == weights[2][name]).all() for name, one in weights[0].items())
+        assert all((weight == weights[2][name]).all() for name, weight in weights[0].items())
 
 
 def _losses(folder, sources):

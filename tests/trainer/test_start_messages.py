@@ -40,54 +40,54 @@ def _run(folder: str, log: str, changes: dict[str, Any], interrupted: bool = Fal
     import trainer.warnings_filter  # noqa: F401 - as the commands do
     from trainer.loop import pretrain
 
-    here = Path(f"{log}-{os.environ['RANK']}")
-    file = os.open(here, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    path = Path(f"{log}-{os.environ['RANK']}")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    callback, status = Interrupted(here), 0
+    callback, status = Interrupted(path), 0
     try:
         pretrain(small.settings(Path(folder), **changes), callbacks=[callback] if interrupted else [])
     except SystemExit as ended:
         status = int(ended.code or 0)
-    return here.read_text(), callback.told, status
+    return path.read_text(), callback.told, status
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> dict[str, Any]:
+def plan(tmp_path: Path) -> dict[str, Any]:
     return {"train__train_iters": 3, "scheduler__lr_warmup_iters": 1, "checkpoint__save": str(tmp_path / "run")}
 
 
-def test_a_run_says_what_it_is_before_its_first_step(ranks: Any, model_folder: Any, tmp_path: Path, told: dict[str, Any]) -> None:
+def test_a_run_says_what_it_is_before_its_first_step(ranks: Any, model_folder: Any, tmp_path: Path, plan: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = str(model_folder("padded_vocab"))
-    changes = {**told, "model__tensor_model_parallel_size": 2, "checkpoint__save_interval": 2}
-    (silent, *_), (said, *_) = ranks.run(_run, 2, folder, str(tmp_path / "log"), changes)
+    changes = {**plan, "model__tensor_model_parallel_size": 2, "checkpoint__save_interval": 2}
+    (silent, *_), (output, *_) = ranks.run(_run, 2, folder, str(tmp_path / "log"), changes)
     assert silent == ""
-    lines = said.splitlines()
+    lines = output.splitlines()
     (first,) = (number for number, line in enumerate(lines) if line.startswith("model "))
     assert [line.split()[0] for line in lines[first : first + 8]] == [
         "model", "layout", "device", "batch", "schedule", "data", "checkpoints", "memory",
     ]  # fmt: skip
-    found = dict(line.split(maxsplit=1) for line in lines[first : first + 8])
+    table = dict(line.split(maxsplit=1) for line in lines[first : first + 8])
     parameters = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
-    assert found["model"] == f"llama, {parameters:,} parameters, 4 layers of 64"
-    assert found["layout"] == "2 ranks, TP 2"
-    assert found["device"] == "CPU, fp32"
-    assert found["batch"] == "128 tokens per step: 4 sequences of 32, 2 microbatches of 2 on each rank"
-    assert found["schedule"] == "3 steps, 384 tokens; learning rate 0.003 to 0.0003, cosine after 1 step of warm-up"
-    assert found["data"] == "FixedTokens; no validation"
-    assert found["checkpoints"] == f"{tmp_path / 'run'}, every 2 steps and at the end"
-    assert found["memory"].endswith(" MB in the fullest of 2 processes, estimated")
+    assert table["model"] == f"llama, {parameters:,} parameters, 4 layers of 64"
+    assert table["layout"] == "2 ranks, TP 2"
+    assert table["device"] == "CPU, fp32"
+    assert table["batch"] == "128 tokens per step: 4 sequences of 32, 2 microbatches of 2 on each rank"
+    assert table["schedule"] == "3 steps, 384 tokens; learning rate 0.003 to 0.0003, cosine after 1 step of warm-up"
+    assert table["data"] == "FixedTokens; no validation"
+    assert table["checkpoints"] == f"{tmp_path / 'run'}, every 2 steps and at the end"
+    assert table["memory"].endswith(" MB in the fullest of 2 processes, estimated")
     assert [line.split()[1] for line in lines[first + 8 :] if line.startswith("step ")] == ["1/3", "3/3"]
 
 
 def test_a_run_says_before_its_first_step_how_often_it_reads_its_data_and_that_nothing_is_saved(
-    ranks: Any, model_folder: Any, tmp_path: Path, told: dict[str, Any]
+    ranks: Any, model_folder: Any, tmp_path: Path, plan: dict[str, Any]
 ) -> None:
-    changes = {**told, "checkpoint__save": None, "dataset": packed.Given(count=5, packed=False)}
-    ((said, *_),) = ranks.run(_run, 1, str(model_folder("gqa")), str(tmp_path / "log"), changes)
-    before, _, _ = said.partition("step 1/3")
+    changes = {**plan, "checkpoint__save": None, "dataset": packed.Given(count=5, packed=False)}
+    ((output, *_),) = ranks.run(_run, 1, str(model_folder("gqa")), str(tmp_path / "log"), changes)
+    before, _, _ = output.partition("step 1/3")
     assert "an example a row, 2.4 epochs of 5 samples; no validation\n" in before
     assert re.search(r"^checkpoints +nothing is saved: `checkpoint.save` is not set$", before, re.MULTILINE)
 
@@ -106,30 +106,30 @@ def test_many_epochs_are_a_number_that_one_can_read(times: float, words: str) ->
 
 
 @pytest.mark.parametrize(("family", "kinds"), [("nemotron_h", "ME*-"), ("llama", "*-*-*-*-")])
-def test_a_hybrid_says_its_layout_and_the_kinds_of_its_layers(family, kinds, ranks, tmp_path, told) -> None:
+def test_a_hybrid_says_its_layout_and_the_kinds_of_its_layers(family, kinds, ranks, tmp_path, plan) -> None:
     folder = models.save(small_model(family, dtype="float32"), tmp_path / "hf")
-    changes = {**told, "model__layout": "hybrid"}
-    ((said, *_),) = ranks.run(_run, 1, str(folder), str(tmp_path / "log"), changes)
-    (model,) = (line for line in said.splitlines() if line.startswith("model "))
+    changes = {**plan, "model__layout": "hybrid"}
+    ((output, *_),) = ranks.run(_run, 1, str(folder), str(tmp_path / "log"), changes)
+    (model,) = (line for line in output.splitlines() if line.startswith("model "))
     assert model.endswith(f"4 layers of 64, layout hybrid: {kinds}")
 
 
 def test_every_step_is_in_the_metrics_whatever_the_interval_of_lines(
-    ranks: Any, model_folder: Any, tmp_path: Path, told: dict[str, Any]
+    ranks: Any, model_folder: Any, tmp_path: Path, plan: dict[str, Any]
 ) -> None:
-    history = ranks.run(small.train, 1, str(model_folder()), {**told, "logger__log_interval": 3})[0]
+    history = ranks.run(small.train, 1, str(model_folder()), {**plan, "logger__log_interval": 3})[0]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [one["iteration"] for one in records] == [1, 2, 3]
-    assert [one["loss"] for one in records] == history.losses
-    assert [one["grad_norm"] for one in records] == history.grad_norms
-    assert all(0 <= one["data_wait"] <= 1 for one in records)
+    assert [record["iteration"] for record in records] == [1, 2, 3]
+    assert [record["loss"] for record in records] == history.losses
+    assert [record["grad_norm"] for record in records] == history.grad_norms
+    assert all(0 <= record["data_wait"] <= 1 for record in records)
 
 
-def test_ctrl_c_is_answered_at_once(ranks: Any, model_folder: Any, tmp_path: Path, told: dict[str, Any]) -> None:
-    ((said, at_once, status),) = ranks.run(_run, 1, str(model_folder()), str(tmp_path / "log"), told, True)
+def test_ctrl_c_is_answered_at_once(ranks: Any, model_folder: Any, tmp_path: Path, plan: dict[str, Any]) -> None:
+    ((output, at_once, status),) = ranks.run(_run, 1, str(model_folder()), str(tmp_path / "log"), plan, True)
     assert at_once == "\nSIGINT: stopping after this step; Ctrl-C again ends it now, and nothing is saved\n"
     assert status == 130
-    assert "stopping after step 2" in said
+    assert "stopping after step 2" in output
 
 
 def _processes_left(folder: str, changes: dict[str, Any]) -> list[str]:
@@ -146,6 +146,6 @@ def _processes_left(folder: str, changes: dict[str, Any]) -> list[str]:
     return [process.name for process in multiprocessing.active_children()]
 
 
-def test_processes_that_read_end_with_their_run(ranks: Any, model_folder: Any, told: dict[str, Any]) -> None:
-    changes = {**told, "checkpoint__save": None, "train__exit_interval": 1}
+def test_processes_that_read_end_with_their_run(ranks: Any, model_folder: Any, plan: dict[str, Any]) -> None:
+    changes = {**plan, "checkpoint__save": None, "train__exit_interval": 1}
     assert ranks.run(_processes_left, 1, str(model_folder()), changes) == [[]]

@@ -53,7 +53,7 @@ class Launched:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks: the launcher's children."""
-        return [int(one) for one in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
 
     def end(self) -> int:
         return self.process.wait(900)

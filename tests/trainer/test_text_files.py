@@ -15,7 +15,7 @@ from trainer.data import readers
 from trainer.data.chat.sources import Source
 
 ONE, TWO = {"text": "grün", "n": [1]}, {"text": "zwei"}
-LINES = [json.dumps(one, ensure_ascii=False).encode() for one in (ONE, TWO)]
+LINES = [json.dumps(row, ensure_ascii=False).encode() for row in (ONE, TWO)]
 
 
 @pytest.mark.parametrize(

@@ -34,30 +34,30 @@ def folder(tmp_path):
 
 
 def test_bytes_are_utf8(tmp_path):
-    found = tokenizers.load("byte")
-    assert found.encode(TEXT) == list(TEXT.encode())
-    assert found.decode(found.encode(TEXT)) == TEXT
-    assert (found.eod, found.vocab_size) == (256, 257)
-    assert found.decode([104, 256, 300, 105]) == "h<|endoftext|>i"
+    tokenizer = tokenizers.load("byte")
+    assert tokenizer.encode(TEXT) == list(TEXT.encode())
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert (tokenizer.eod, tokenizer.vocab_size) == (256, 257)
+    assert tokenizer.decode([104, 256, 300, 105]) == "h<|endoftext|>i"
 
 
 def test_saved_bytes_load_the_same_and_in_transformers(tmp_path):
-    found = tokenizers.load("byte")
-    found.save(tmp_path)
+    tokenizer = tokenizers.load("byte")
+    tokenizer.save(tmp_path)
     again, other = tokenizers.load(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
     text = TEXT.replace("<|endoftext|>", "")
-    assert found.encode(text) == again.encode(text) == other(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode(text) == again.encode(text) == other(text, add_special_tokens=False)["input_ids"]
     assert (again.eod, again.vocab_size) == (other.eos_token_id, len(other)) == (256, 257)
     assert again.decode([104, 256, 300, 105]) == "h<|endoftext|>i"
 
 
 def test_a_folder_encodes_as_transformers_does_without_special_tokens_cutting_or_padding(folder):
-    found, other = tokenizers.load(str(folder)), AutoTokenizer.from_pretrained(folder)
+    tokenizer, other = tokenizers.load(str(folder)), AutoTokenizer.from_pretrained(folder)
     text = "the quick brown fox " * 9
-    assert found.encode(text) == other(text, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
-    assert len(found.encode("fox")) < 9
-    assert (found.eod, found.vocab_size) == (other.eos_token_id, len(other))
-    assert found.decode(found.encode(text)) == text
+    assert tokenizer.encode(text) == other(text, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
+    assert len(tokenizer.encode("fox")) < 9
+    assert (tokenizer.eod, tokenizer.vocab_size) == (other.eos_token_id, len(other))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_a_saved_folder_loads_the_same(folder, tmp_path):
@@ -74,9 +74,9 @@ def test_a_folder_without_tokenizer_json_is_read_by_transformers(folder, tmp_pat
     (old / "vocab.json").write_text(json.dumps(model["vocab"]))
     (old / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
     (old / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}))
-    found = tokenizers.load(str(old))
-    assert found.encode("the quick dog") == tokenizers.load(str(folder)).encode("the quick dog")
-    assert found.eod == model["vocab"]["</s>"]
+    tokenizer = tokenizers.load(str(old))
+    assert tokenizer.encode("the quick dog") == tokenizers.load(str(folder)).encode("the quick dog")
+    assert tokenizer.eod == model["vocab"]["</s>"]
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_what_a_folder_lacks_is_named(folder, tmp_path):
 def test_a_tokenizer_written_in_python_is_read_by_transformers(tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").unlink(missing_ok=True)
-    found, other = tokenizers.load(str(tmp_path)), ByT5Tokenizer()
+    tokenizer, other = tokenizers.load(str(tmp_path)), ByT5Tokenizer()
     assert not other.is_fast
-    assert found.encode("grün") == other("grün", add_special_tokens=False)["input_ids"]
-    assert found.decode(found.encode("grün")) == "grün"
-    assert (found.eod, found.vocab_size) == (other.eos_token_id, len(other))
+    assert tokenizer.encode("grün") == other("grün", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokenizer.encode("grün")) == "grün"
+    assert (tokenizer.eod, tokenizer.vocab_size) == (other.eos_token_id, len(other))
 
 
 SENTENCEPIECE = bytes([10, 14, 10, 5, 60, 117, 110, 107, 62, 21, 0, 0, 0, 0, 24, 2])

@@ -28,24 +28,24 @@ def resolved(*overrides: str):
 def test_a_run_says_at_its_start_what_its_checkpoints_cannot(name: str) -> None:
     value = SETTINGS[name]
     assert not resolved().warnings
-    said = resolved(f"model.{name}={json.dumps(value)}").warnings
-    assert said == (f"`model.{name}` is `{'[1, 0, 1, 0]' if name == 'no_rope_freq' else value}`, {NOTE}",)
+    warnings = resolved(f"model.{name}={json.dumps(value)}").warnings
+    assert warnings == (f"`model.{name}` is `{'[1, 0, 1, 0]' if name == 'no_rope_freq' else value}`, {NOTE}",)
 
 
 def train(root: str, *words: str) -> list[str]:
     """One step; what the run said on the way."""
     from trainer import loop
 
-    said: list[str] = []
+    messages: list[str] = []
     small = [
         "model.num_layers=2", "train.train_iters=1", "train.micro_batch_size=1", "train.global_batch_size=1",
         "dataset.sequence_length=16", "dataset.num_workers=0", "validation.eval_iters=0", f"checkpoint.save={root}",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for module in ("trainer.loop", "trainer.setup"):
-            patch.setattr(f"{module}.say", said.append)
+            patch.setattr(f"{module}.say", messages.append)
         loop.pretrain(read_run("llama_tiny", overrides=[*small, *words]))
-    return said
+    return messages
 
 
 def refusal(act, *arguments) -> str:

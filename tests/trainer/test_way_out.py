@@ -61,11 +61,11 @@ def _save_at_once(folder, changes):
             save(run)
             run.saver.finish()
             chunks = [unwrap(chunk) for chunk in run.chunks]
-            before = [{name: one.clone() for name, one in chunk.named_parameters()} for chunk in chunks]
+            before = [{name: parameter.clone() for name, parameter in chunk.named_parameters()} for chunk in chunks]
             states = {str(n): chunk.sharded_state_dict() for n, chunk in enumerate(chunks)}
             loaded = dist_checkpointing.load(states, str(run.saver.last_good), strict=StrictHandling.RAISE_UNEXPECTED)
             for n, weights in enumerate(before):
-                differ.extend(name for name, one in weights.items() if not torch.equal(loaded[str(n)][name], one))
+                differ.extend(name for name, weight in weights.items() if not torch.equal(loaded[str(n)][name], weight))
 
     pretrain(small.settings(Path(folder), **changes), callbacks=[AtOnce()])
     return differ
@@ -86,8 +86,8 @@ def test_megatron_bridge_finds_what_it_reads(ranks, model_folder, tmp_path, gold
     theirs = next(golden.glob("bridge_llama_tiny/megatron/**/train_state.pt"))
     ours = tmp_path / "iter_0000005" / "train_state.pt"
     read = [torch.load(path, weights_only=True) for path in (ours, theirs)]
-    assert {name: (one.dtype, one.shape) for name, one in read[0].items()} == {
-        name: (one.dtype, one.shape) for name, one in read[1].items()
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in read[0].items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in read[1].items()
     }
     assert (read[0]["step"], read[0]["consumed_train_samples"]) == (5, 5 * small.BATCH)
     assert (tmp_path / "latest_train_state.pt").read_bytes() == ours.read_bytes()

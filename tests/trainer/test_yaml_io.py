@@ -42,9 +42,9 @@ def test_a_dumped_run_loads_as_an_equal_one(name: str) -> None:
 def test_a_document_says_every_setting_sorted_within_its_section() -> None:
     config = tiny()
     document = yaml.safe_load(yaml_io.dump(config))
-    assert list(document) == [one.name for one in fields(config)]
-    assert list(document["train"]) == sorted(one.name for one in fields(config.train))
-    assert set(document["optimizer"]) == {one.name for one in fields(config.optimizer)}
+    assert list(document) == [field.name for field in fields(config)]
+    assert list(document["train"]) == sorted(field.name for field in fields(config.train))
+    assert set(document["optimizer"]) == {field.name for field in fields(config.optimizer)}
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20)

@@ -43,10 +43,10 @@ def learn(tmp_path, tokenizer):
 
     def read(*examples, tokenizer=tokenizer, counts=None, **settings):
         path = tmp_path / "a.jsonl"
-        path.write_text("".join(f"{one if isinstance(one, str) else json.dumps(one)}\n" for one in examples))
+        path.write_text("".join(f"{example if isinstance(example, str) else json.dumps(example)}\n" for example in examples))
         config = FinetuningDatasetConfig(**settings)
-        found = read_examples(Source(path), tokenizer, config, counts=Counts() if counts is None else counts)
-        return [(one.tokens.tolist(), one.trained.astype(int).tolist()) for one in found]
+        learned = read_examples(Source(path), tokenizer, config, counts=Counts() if counts is None else counts)
+        return [(example.tokens.tolist(), example.trained.astype(int).tolist()) for example in learned]
 
     return read
 

@@ -24,7 +24,7 @@ configs:
 """
 FILES = {
     "README.md": CARD.encode(),
-    "short/train.jsonl": "".join(json.dumps(one) + "\n" for one in ROWS).encode(),
+    "short/train.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode(),
     "short/test.jsonl": json.dumps(ROWS[0]).encode(),
     "long.jsonl": json.dumps({"prompt": "a", "completion": "b"}).encode(),
 }
@@ -105,7 +105,7 @@ def main() -> None:
         except UserError as error:
             print(json.dumps({"refused": str(error)}))
             continue
-        splits = {split: [one.fields() for one in Source(path, split).records()] for split in splits_of(path)}
+        splits = {split: [record.fields() for record in Source(path, split).records()] for split in splits_of(path)}
         print(json.dumps({"name": path.name, "splits": splits, "about": json.loads((path / hub.METADATA_FILE).read_text())}))
 
 

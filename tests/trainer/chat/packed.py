@@ -51,12 +51,12 @@ class Given(FinetuningDatasetConfig):
     def build(self, tokenizer: Any, vocab_size: int, samples: tuple[int, int, int]) -> Any:
         multiple = self.pad_to_multiple_of or 1
         rows = Rows(np.arange(self.count), np.arange(0, self.count + 1, EACH)) if self.packed else None
-        told = {"sequence_length": self.sequence_length, "packed": self.packed, "multiple": multiple, "seed": 1}
+        settings = {"sequence_length": self.sequence_length, "packed": self.packed, "multiple": multiple, "seed": 1}
         made = [
-            ExampleDataset(Drawn(self.count, longest=self.longest), np.arange(self.count), rows=rows, shuffled=False, **told)
+            ExampleDataset(Drawn(self.count, longest=self.longest), np.arange(self.count), rows=rows, shuffled=False, **settings)
             for _ in samples
         ]
-        return tuple(one.take(count) if count else None for one, count in zip(made, samples, strict=True))
+        return tuple(dataset.take(count) if count else None for dataset, count in zip(made, samples, strict=True))
 
 
 @dataclass
@@ -84,7 +84,7 @@ def train(folder: str, packed: bool, changes: dict[str, Any]) -> Seen:
     given = changes.get("dataset") or Given()
     given.packed = packed
     rows = 16 // EACH if packed else 16
-    told = {
+    settings = {
         "dataset": given,
         "train__train_iters": 6,
         "train__global_batch_size": rows,
@@ -92,5 +92,5 @@ def train(folder: str, packed: bool, changes: dict[str, Any]) -> Seen:
         "validation__eval_iters": 1,
     }
     seen = Seen()
-    pretrain(small.settings(Path(folder), **{**told, **changes}), callbacks=[seen])
+    pretrain(small.settings(Path(folder), **{**settings, **changes}), callbacks=[seen])
     return seen

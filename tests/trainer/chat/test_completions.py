@@ -11,8 +11,8 @@ BYTE = tokenizers.load("byte")
 
 
 def test_prompt_completion_and_the_end_of_text_are_these_bytes(learn):
-    [found] = learn({"prompt": "ab", "completion": "cü"}, tokenizer=BYTE)
-    assert found == ([97, 98, 99, 195, 188, 256], [0, 0, 1, 1, 1, 1])
+    [example] = learn({"prompt": "ab", "completion": "cü"}, tokenizer=BYTE)
+    assert example == ([97, 98, 99, 195, 188, 256], [0, 0, 1, 1, 1, 1])
 
 
 def test_the_prompt_has_the_tokens_that_generation_gives_it(learn, tokenizer):

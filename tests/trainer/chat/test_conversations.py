@@ -38,10 +38,10 @@ def marked(tmp_path_factory):
 @pytest.fixture(scope="module")
 def oracle(marked):
     """transformers: the tokens of a conversation, and which of them the assistant wrote."""
-    found = AutoTokenizer.from_pretrained(marked)
+    tokenizer = AutoTokenizer.from_pretrained(marked)
 
     def read(messages):
-        made = found.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        made = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
         return made["input_ids"], made["assistant_masks"]
 
     return read
@@ -61,17 +61,17 @@ texts = st.text(st.sampled_from("a fox\n\t,1日🙂?"), min_size=1, max_size=12)
 def learned(learn, example, **settings):
     """What is learned of it; None where it is refused."""
     try:
-        [found] = learn(example, **settings)
+        [result] = learn(example, **settings)
     except UserError:
         return None
-    return found
+    return result
 
 
 def continues(renderer, messages):
     """Are the prompts that the model would be given the first tokens of the conversation?"""
     whole = renderer.apply_chat_template(messages, return_dict=False)
-    asked = [number for number, one in enumerate(messages) if one["role"] == "assistant"]
-    prompts = (renderer.apply_chat_template(messages[:one], add_generation_prompt=True, return_dict=False) for one in asked)
+    asked = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = (renderer.apply_chat_template(messages[:number], add_generation_prompt=True, return_dict=False) for number in asked)
     return all(whole[: len(prompt)] == prompt for prompt in prompts)
 
 
@@ -119,7 +119,7 @@ def test_white_space_after_the_turn_is_not_learned_inside_a_generation_mark_eith
 def test_places_of_tokens_that_leave_white_space_out_do_not_move_the_answers(learn, tmp_path, oracle):
     """Llama 3's own tokenizer has them, and transformers' mask of such an answer is empty: the oracle is the other tokenizer."""
     trimmed = tokenizers.load(str(llama.save(tmp_path / "trimmed", template=MARKED, trim_offsets=True)))
-    assert [learn({"messages": one}, tokenizer=trimmed)[0] for one in CONVERSATIONS] == [oracle(one) for one in CONVERSATIONS]
+    assert [learn({"messages": talk}, tokenizer=trimmed)[0] for talk in CONVERSATIONS] == [oracle(talk) for talk in CONVERSATIONS]
 
 
 def test_a_tokenizer_that_tells_no_places_is_asked_with_growing_prefixes(learn, template, tmp_path):
@@ -134,7 +134,7 @@ def test_a_tokenizer_that_tells_no_places_is_asked_with_growing_prefixes(learn, 
 def test_sharegpt_says_the_same_in_other_words(learn):
     messages = said("what?", "it", "and?", "a fox", system="be quick")
     names = {"user": "human", "assistant": "gpt", "system": "system"}
-    other = [{"from": names[one["role"]], "value": one["content"]} for one in messages]
+    other = [{"from": names[message["role"]], "value": message["content"]} for message in messages]
     assert learn({"conversations": other}) == learn({"messages": other}) == learn({"messages": messages})
 
 
@@ -153,9 +153,11 @@ def test_tools_pass_through_the_template_as_objects_or_as_json(learn, template, 
     tools = [{"type": "function", "function": {"name": "fox", "parameters": {}}}]
     path = template("{% for tool in tools %}{{ tool.function.name }}<|eot_id|>{% endfor %}" + PLAIN)
     messages = said("what?", "it")
-    found = learn({"messages": messages, "tools": tools}, {"messages": messages, "tools": json.dumps(tools)}, chat_template=path)
-    assert found[0] == found[1]
-    assert tokenizer.decode(found[0][0]).startswith("fox<|eot_id|><|begin_of_text|>")
+    examples = learn(
+        {"messages": messages, "tools": tools}, {"messages": messages, "tools": json.dumps(tools)}, chat_template=path
+    )
+    assert examples[0] == examples[1]
+    assert tokenizer.decode(examples[0][0]).startswith("fox<|eot_id|><|begin_of_text|>")
 
 
 def test_an_answer_may_be_a_call_without_content(learn, template, tokenizer):
@@ -175,8 +177,8 @@ def test_today_is_the_same_day_every_day(learn, template, tokenizer):
 
 def test_a_day_in_a_form_that_only_the_template_knows_is_an_error(refusal, template):
     text = "{% set form = '%d' %}{{ strftime_now(form) }}" + PLAIN
-    told = "the chat template refuses it: it formats a date with a format that is not a literal"
-    assert refusal({"messages": said("what?", "it")}, chat_template=template(text)).startswith(REFUSED.format(1) + told)
+    reason = "the chat template refuses it: it formats a date with a format that is not a literal"
+    assert refusal({"messages": said("what?", "it")}, chat_template=template(text)).startswith(REFUSED.format(1) + reason)
 
 
 STRIPS = (

@@ -24,8 +24,8 @@ FROZEN = {"optimizer__lr": 0.0, "optimizer__min_lr": 0.0, "train__train_iters": 
 def evaluated(folder, iterations, changes):
     """The loss over held-out examples of a run that changes no weight."""
     given = Given(count=EXAMPLES, packed=False)
-    told = {"dataset": given, "validation__eval_iters": iterations, **FROZEN, **changes}
-    return small.train(folder, told).evaluations
+    settings = {"dataset": given, "validation__eval_iters": iterations, **FROZEN, **changes}
+    return small.train(folder, settings).evaluations
 
 
 def by_transformers(folder):
@@ -48,8 +48,8 @@ def test_an_evaluation_sees_each_held_out_example_once(iterations, world, ranks,
     folder = str(model_folder("gqa"))
     expected = by_transformers(folder)
     changes = {"train__micro_batch_size": 1}
-    for found in ranks.run(evaluated, world, folder, iterations, changes):
-        assert found == [("validation", pytest.approx(expected, rel=1e-5)), ("test", pytest.approx(expected, rel=1e-5))]
+    for evaluations in ranks.run(evaluated, world, folder, iterations, changes):
+        assert evaluations == [("validation", pytest.approx(expected, rel=1e-5)), ("test", pytest.approx(expected, rel=1e-5))]
 
 
 def test_an_evaluation_of_fewer_batches_sees_the_first_examples(ranks, model_folder):
@@ -120,5 +120,5 @@ def test_the_trainers_own_documents_have_epochs(ranks, model_folder, tmp_path, m
     monkeypatch.setenv("RANK", "0")  # else megatron-core warns that it does not know
     source = IndexedDataset(prefix)
     per_epoch = (int(source.sequence_lengths.sum()) - 1) // prepared.LENGTH
-    (found,) = ranks.run(small.train, 1, str(model_folder("gqa")), {**changes, "checkpoint__pretrained_checkpoint": None})
-    assert len(found.losses) == -(-2 * per_epoch // small.BATCH)
+    (history,) = ranks.run(small.train, 1, str(model_folder("gqa")), {**changes, "checkpoint__pretrained_checkpoint": None})
+    assert len(history.losses) == -(-2 * per_epoch // small.BATCH)

@@ -23,9 +23,9 @@ def pair(prompt, completion):
 def test_what_was_read_is_told_in_a_line(learn):
     counts = Counts()
     lines = [pair("a", "b")] * 3 + ["{", "[]", '{"prompt": "a"}', pair("a" * 8, "b"), pair("a", "b" * 9), "{"]
-    found = learn(*lines, tokenizer=BYTE, counts=counts, sequence_length=8, skip_bad=True)
-    assert [len(tokens) for tokens, _ in found] == [3, 3, 3, 8]
-    assert found[3] == ([97] + [98] * 7, [0] + [1] * 7)
+    examples = learn(*lines, tokenizer=BYTE, counts=counts, sequence_length=8, skip_bad=True)
+    assert [len(tokens) for tokens, _ in examples] == [3, 3, 3, 8]
+    assert examples[3] == ([97] + [98] * 7, [0] + [1] * 7)
     assert (counts.examples, counts.tokens, counts.trained, counts.truncated, counts.longest) == (4, 17, 13, 1, 11)
     assert str(counts) == "4 examples of 1 file: 17 tokens, 76.5 % trained on, 1 truncated to 8, 5 skipped"
     assert counts.reasons() == [
@@ -40,8 +40,8 @@ def test_large_numbers_are_told_short(tmp_path):
     files = {tmp_path / name for name in "abc"}
     counts = Counts(sequence_length=2048, examples=12345, tokens=4_100_000, trained=1_566_200, truncated=17, files=files)
     counts.skipped["no"] = 3
-    told = "12,345 examples of 3 files: 4.1 M tokens, 38.2 % trained on, 17 truncated to 2048, 3 skipped"
-    assert str(counts) == told
+    summary = "12,345 examples of 3 files: 4.1 M tokens, 38.2 % trained on, 17 truncated to 2048, 3 skipped"
+    assert str(counts) == summary
 
 
 def test_an_answer_that_is_cut_away_whole_is_refused(refusal, learn):
@@ -99,10 +99,13 @@ def test_the_identity_changes_with_whatever_the_tokens_depend_on(tmp_path, folde
     jinja.write_text("one")
     config, source = FinetuningDatasetConfig(chat_template=str(jinja)), Source(path)
     seen = [identity(source, BYTE, config), identity(source, tokenizers.load(str(folder)), config)]
-    seen += [identity(source, BYTE, replace(config, **one)) for one in ({"sequence_length": 9}, {"prompt_template": "{prompt}:"})]
+    seen += [
+        identity(source, BYTE, replace(config, **changes))
+        for changes in ({"sequence_length": 9}, {"prompt_template": "{prompt}:"})
+    ]
     jinja.write_text("two")
     seen.append(identity(source, BYTE, config))
     path.write_text("{} ")
     seen.append(identity(source, BYTE, config))
-    assert all(one not in seen[:number] for number, one in enumerate(seen))
+    assert all(name not in seen[:number] for number, name in enumerate(seen))
     assert identity(source, BYTE, replace(config, packed=False, num_workers=9)) == seen[-1]

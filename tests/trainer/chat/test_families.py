@@ -57,8 +57,8 @@ def test_the_written_tokens_are_learned_and_no_others(examples_of, folder_of, na
 @pytest.mark.parametrize(("name", "title"), [case for case in CASES if case not in LEARNED])
 def test_what_the_template_would_drop_or_change_is_refused_by_name(refusal, folder_of, name, title):
     case = families.load(name)[1][title]
-    said = refusal(case.example, tokenizer=tokenizers.load(str(folder_of(name))), learn=case.learn)
-    assert said.startswith("`a.jsonl`, line 1 cannot be used: " + case.refused)
+    message = refusal(case.example, tokenizer=tokenizers.load(str(folder_of(name))), learn=case.learn)
+    assert message.startswith("`a.jsonl`, line 1 cannot be used: " + case.refused)
 
 
 def prompts(folder, family, example):
@@ -78,7 +78,7 @@ def as_openai_has_it(message):
     """The message with the arguments of its calls as JSON."""
     if "tool_calls" not in message:
         return message
-    functions = [one["function"] for one in message["tool_calls"]]
+    functions = [call["function"] for call in message["tool_calls"]]
     texts = [{**function, "arguments": json.dumps(function["arguments"])} for function in functions]
     return {**message, "tool_calls": [{"type": "function", "function": function} for function in texts]}
 
@@ -89,7 +89,7 @@ def test_each_answer_follows_the_tokens_that_its_rendered_prompt_has_in_generati
     asked = [encode_text(text, tokenizer) for text in prompts(folder_of(name), family, cases[title].example)]
     begun = []
     for tokens, trained in examples_of(name, title):
-        begins = [0, *(place for place, (before, now) in enumerate(pairwise(trained), 1) if now > before)][1:]
+        begins = [0, *(position for position, (before, now) in enumerate(pairwise(trained), 1) if now > before)][1:]
         begun += [tokens[:begin] for begin in begins]
     assert begun == asked[-len(begun) :]
 

@@ -15,11 +15,11 @@ REFUSED = "`a.jsonl`, line 1 cannot be used: "
 TALK = said("a question", "BAD answer", "another one", "GOOD answer")
 
 
-def texts(tokenizer, found):
+def texts(tokenizer, examples):
     """The whole of each example, and what of it is learned."""
     return [
-        (tokenizer.decode(ids), tokenizer.decode([one for one, learned in zip(ids, mask, strict=True) if learned]))
-        for ids, mask in found
+        (tokenizer.decode(ids), tokenizer.decode([token for token, learned in zip(ids, mask, strict=True) if learned]))
+        for ids, mask in examples
     ]
 
 

@@ -52,7 +52,7 @@ def test_a_data_set_is_fetched_once_and_stays_what_it_was(tmp_path):
         "cannot download `hf://datasets/org/none`: `RepositoryNotFoundError`\n\nhint: check the name"
     )
     folder = hub.local_path(f"{TALKS}@v1/short", str(tmp_path / "kept"))  # the Hub is gone
-    assert [one.fields() for one in Source(folder, "train").records()] == ROWS
+    assert [record.fields() for record in Source(folder, "train").records()] == ROWS
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["org--talks--long", "org--talks@v1--short"]
 
 

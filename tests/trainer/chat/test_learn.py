@@ -9,9 +9,9 @@ from tests.trainer.chat.llama import MARKED, PLAIN, said
 from tests.trainer.chat.templates import LAST_QUESTION, THINKING
 
 TURNS = said("one?", "the first answer", "two?", "the second", "three?", "the third")
-THOUGHTS = [{**one, "reasoning_content": f"thinking of {n}"} if n % 2 else one for n, one in enumerate(TURNS)]
-INLINE = [{"role": one["role"], "content": f"<think>\n{one['reasoning_content']}\n</think>\n\n{one['content']}"}
-          if "reasoning_content" in one else one for one in THOUGHTS]  # fmt: skip
+THOUGHTS = [{**turn, "reasoning_content": f"thinking of {n}"} if n % 2 else turn for n, turn in enumerate(TURNS)]
+INLINE = [{"role": turn["role"], "content": f"<think>\n{turn['reasoning_content']}\n</think>\n\n{turn['content']}"}
+          if "reasoning_content" in turn else turn for turn in THOUGHTS]  # fmt: skip
 SYSTEM = said("one?", "the first answer", "two?", "the second", system="Be quick.")
 REWRITING = [(THINKING, THOUGHTS), (THINKING, INLINE), (LAST_QUESTION, SYSTEM)]
 NAMES = ["thoughts", "thoughts in the text", "system prompt"]
@@ -19,16 +19,16 @@ NAMES = ["thoughts", "thoughts in the text", "system prompt"]
 
 def expected(folder, messages, template, number):
     """What transformers makes of the messages up to answer `number`, and which of those tokens are not the prompt's."""
-    found = AutoTokenizer.from_pretrained(folder)
-    before = found.apply_chat_template(messages[:number], chat_template=template, add_generation_prompt=True, return_dict=False)
-    after = found.apply_chat_template(messages[: number + 1], chat_template=template, return_dict=False)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    before = theirs.apply_chat_template(messages[:number], chat_template=template, add_generation_prompt=True, return_dict=False)
+    after = theirs.apply_chat_template(messages[: number + 1], chat_template=template, return_dict=False)
     assert after[: len(before)] == before
     return after, [0] * len(before) + [1] * (len(after) - len(before))
 
 
-def without_line_end(found, tokenizer):
+def without_line_end(example, tokenizer):
     """White space that a template writes behind the end of a turn is not learned."""
-    tokens, trained = found
+    tokens, trained = example
     if tokenizer.decode(tokens[-1:]) == "\n":
         trained = [*trained[:-1], 0]
     return tokens, trained
@@ -37,7 +37,7 @@ def without_line_end(found, tokenizer):
 @pytest.mark.parametrize("case", REWRITING, ids=NAMES)
 def test_each_answer_is_learned_behind_what_the_model_would_see(learn, template, folder, tokenizer, case):
     text, messages = case
-    answers = [number for number, one in enumerate(messages) if one["role"] == "assistant"]
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [without_line_end(expected(folder, messages, text, number), tokenizer) for number in answers]
     settings = {"chat_template": template(text)}
     assert learn({"messages": messages}, learn="each_answer", **settings) == wanted
@@ -48,9 +48,9 @@ def test_each_answer_is_learned_behind_what_the_model_would_see(learn, template,
 
 @pytest.mark.parametrize(("text", "messages"), REWRITING, ids=NAMES)
 def test_all_answers_at_once_are_refused_with_the_way_out(refusal, template, text, messages):
-    said = refusal({"messages": messages}, chat_template=template(text))
-    assert "changes its tokens: message" in said
-    assert "`dataset.learn=last_answer`, `dataset.learn=each_answer`" in said
+    message = refusal({"messages": messages}, chat_template=template(text))
+    assert "changes its tokens: message" in message
+    assert "`dataset.learn=last_answer`, `dataset.learn=each_answer`" in message
 
 
 ONCE = [(THINKING, THOUGHTS[:2]), (LAST_QUESTION, SYSTEM[:3]), (LAST_QUESTION, SYSTEM[1:])]
@@ -58,20 +58,20 @@ ONCE = [(THINKING, THOUGHTS[:2]), (LAST_QUESTION, SYSTEM[:3]), (LAST_QUESTION, S
 
 @pytest.mark.parametrize(("text", "messages"), ONCE, ids=["one question", "one turn", "no system prompt"])
 def test_the_same_templates_take_all_answers_where_nothing_is_rewritten(learn, template, folder, text, messages):
-    found = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     ((tokens, _),) = learn({"messages": messages}, chat_template=template(text))
-    assert tokens == found.apply_chat_template(messages, chat_template=text, return_dict=False)
+    assert tokens == tokenizer.apply_chat_template(messages, chat_template=text, return_dict=False)
 
 
 def test_transformers_own_mask_has_the_same_last_answer(learn, template, folder, tokenizer):
     marked = THINKING.replace("<|im_start|>assistant\n{% if loop", "<|im_start|>assistant\n{% generation %}{% if loop").replace(
         "{%- endfor %}<|im_end|>\n", "{%- endfor %}<|im_end|>{% endgeneration %}\n", 1
     )
-    found = AutoTokenizer.from_pretrained(folder)
-    made = found.apply_chat_template(THOUGHTS, chat_template=marked, return_assistant_tokens_mask=True, return_dict=True)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    made = theirs.apply_chat_template(THOUGHTS, chat_template=marked, return_assistant_tokens_mask=True, return_dict=True)
     tokens, mask = made["input_ids"], made["assistant_masks"]
     last = len(mask) - mask[::-1].index(1)
-    begin = max(place for place in range(last) if not mask[place]) + 1
+    begin = max(position for position in range(last) if not mask[position]) + 1
     only_last = [0] * begin + [1] * (last - begin) + [0] * (len(mask) - last)
     assert sum(only_last) < sum(mask)
     assert learn({"messages": THOUGHTS}, learn="last_answer", chat_template=template(marked)) == [(tokens, only_last)]
@@ -114,7 +114,7 @@ def test_what_a_tool_said_and_the_template_forgets_is_seen_by_the_answer_to_it(r
     settings = {"chat_template": template(text)}
     assert "what follows an answer changes its tokens: message 3" in refusal({"messages": messages}, **settings)
     each = [tokenizer.decode(tokens) for tokens, _ in learn({"messages": messages}, learn="each_answer", **settings)]
-    assert ["rain today" in one for one in each] == [False, True, False]
+    assert ["rain today" in text for text in each] == [False, True, False]
 
 
 def test_steps_with_tools_after_the_last_question_are_learned_together(learn, template, tokenizer):
@@ -122,7 +122,7 @@ def test_steps_with_tools_after_the_last_question_are_learned_together(learn, te
              {"role": "tool", "content": "rain"},
              {"role": "assistant", "reasoning_content": "so it rains", "content": "It rains."}]  # fmt: skip
     ((tokens, trained),) = learn({"messages": [*said("Weather?"), *steps]}, chat_template=template(THINKING))
-    learned = tokenizer.decode([one for one, on in zip(tokens, trained, strict=True) if on])
+    learned = tokenizer.decode([token for token, on in zip(tokens, trained, strict=True) if on])
     assert "look it up" in learned
     assert "so it rains" in learned
     assert "Weather?" not in learned

@@ -29,7 +29,7 @@ def sources(tmp_path):
     for name, count in (("a", 60), ("b", 30), ("c", 10)):
         made[name] = tmp_path / f"{name}.jsonl"
         pairs = [{"prompt": f"{name}{number:02}? ", "completion": "yes " * (1 + number % 9)} for number in range(count)]
-        made[name].write_text("".join(json.dumps(one) + "\n" for one in pairs))
+        made[name].write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return made
 
 
@@ -43,8 +43,8 @@ def text(row):
 
 
 def source_of(row):
-    (found,) = {part[-3:-2] for part in text(row).split("?")[:-1]}
-    return found
+    (source,) = {part[-3:-2] for part in text(row).split("?")[:-1]}
+    return source
 
 
 def test_rows_come_from_sources_by_their_weights(sources):
@@ -86,8 +86,8 @@ def test_what_is_held_out_of_several_is_a_set_each(sources, tmp_path):
     _, valid, test = made(
         (8, 4, 2), path=str(sources["a"]), validation_path=[str(sources["b"]), str(sources["c"])], test_path=[str(sources["b"])]
     )
-    assert {name: {source_of(one[n]) for n in range(len(one))} for name, one in valid.items()} == {"b": {"b"}, "c": {"c"}}
-    assert [len(one) for one in (*valid.values(), test)] == [4, 4, 2]
+    assert {name: {source_of(split[n]) for n in range(len(split))} for name, split in valid.items()} == {"b": {"b"}, "c": {"c"}}
+    assert [len(split) for split in (*valid.values(), test)] == [4, 4, 2]
     (tmp_path / "other").mkdir()
     twin = tmp_path / "other" / "b.jsonl"
     twin.write_bytes(sources["b"].read_bytes())
@@ -112,8 +112,8 @@ def packed(sources, tmp_path):
 
 
 def test_several_sources_are_packed_with_their_weights(packed):
-    out, said = packed
-    assert [(part["split"], part["source"], part["weight"], part["examples"]) for part in said] == [
+    out, report = packed
+    assert [(part["split"], part["source"], part["weight"], part["examples"]) for part in report] == [
         ("train", "a", 0.2, 60),
         ("train", "b", 0.3, 30),
         ("train", "c", 0.5, 10),
@@ -123,7 +123,7 @@ def test_several_sources_are_packed_with_their_weights(packed):
     ]
     train, valid, test = made((400, 4, 2), path=str(out))
     assert Counter(source_of(train[number]) for number in range(400)) == {"a": 80, "b": 120, "c": 200}
-    assert {name: {source_of(one[n]) for n in range(len(one))} for name, one in valid.items()} == {"b": {"b"}, "c": {"c"}}
+    assert {name: {source_of(split[n]) for n in range(len(split))} for name, split in valid.items()} == {"b": {"b"}, "c": {"c"}}
     assert {source_of(test[number]) for number in range(2)} == {"a"}
     assert [line.split(": ")[:2] for line in train.summary] == [
         ["`a`", "60 examples of 1 file"],
@@ -133,8 +133,8 @@ def test_several_sources_are_packed_with_their_weights(packed):
 
 
 def test_packed_sources_have_every_example_in_an_epoch_and_the_same_rows_for_any_length(packed):
-    out, said = packed
-    rows = {part["source"]: part["rows"] for part in said if part["split"] == "train"}
+    out, report = packed
+    rows = {part["source"]: part["rows"] for part in report if part["split"] == "train"}
     short, long = (made((count, 0, 0), path=str(out))[0] for count in (50, 400))
     assert [text(short[n]) for n in range(50)] == [text(long[n]) for n in range(50)]
     travelled = pickle.loads(pickle.dumps(long))
@@ -165,7 +165,7 @@ def test_shares_of_several_sources_are_packed_apart(sources, tmp_path):
     ]  # fmt: skip
     train, valid, _ = made((done[0].rows + done[1].rows, 8, 0), path=str(out))
     learned = {part[-3:] for n in range(len(train)) for part in text(train[n]).split("?")[:-1]}
-    held_out = {part[-3:] for one in valid.values() for n in range(len(one)) for part in text(one[n]).split("?")[:-1]}
+    held_out = {part[-3:] for split in valid.values() for n in range(len(split)) for part in text(split[n]).split("?")[:-1]}
     assert len(learned) == 72
     assert not learned & held_out
 

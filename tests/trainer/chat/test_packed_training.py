@@ -43,13 +43,13 @@ def trained(ranks, model_folder):
 
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] * (name == "pp4")) for name in LAYOUTS])
 def test_packed_losses_and_gradients_are_those_of_examples_alone(layout, trained):
-    for one, other in zip(trained(layout, False), trained(layout, True), strict=True):
-        assert other.losses == pytest.approx(one.losses, rel=1e-5)
-        assert other.grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
-        assert other.evaluations == [(split, pytest.approx(loss, rel=1e-5)) for split, loss in one.evaluations]
-        assert other.gradients.keys() == one.gradients.keys()
-        for name, gradient in one.gradients.items():
-            torch.testing.assert_close(other.gradients[name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+    for expected, actual in zip(trained(layout, False), trained(layout, True), strict=True):
+        assert actual.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
+        assert actual.evaluations == [(split, pytest.approx(loss, rel=1e-5)) for split, loss in expected.evaluations]
+        assert actual.gradients.keys() == expected.gradients.keys()
+        for name, gradient in expected.gradients.items():
+            torch.testing.assert_close(actual.gradients[name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
 
 
 def _logits(folder: str, rows: list[list[int]], ids: list[list[int]] | None) -> torch.Tensor:
@@ -89,10 +89,10 @@ def test_work_is_what_examples_multiply(trained):
     from trainer.estimate.flops import flops_of_packed
     from trainer.model import from_hf_config
 
-    for one, other in zip(*(trained(layout, True) for layout in ("dp2", "pp2")), strict=True):
-        assert one.work == other.work  # every rank knows, whatever the layout
+    for first, second in zip(*(trained(layout, True) for layout in ("dp2", "pp2")), strict=True):
+        assert first.work == second.work  # every rank knows, whatever the layout
     lengths = packed.Drawn(96).lengths[:16].tolist()
-    tokens, squares = one.work[0]
+    tokens, squares = first.work[0]
     assert (tokens, squares) == (sum(lengths), sum(length**2 for length in lengths))
     model = models.build("gqa")
     model.set_attn_implementation("eager")
@@ -112,12 +112,12 @@ def test_speeds_count_the_work_of_packed_rows():
     first.add(1.0, work=(300.0, 5000.0))
     interval = Interval.from_state_dict(first.state_dict())
     interval.add(1.0, work=(500.0, 7000.0))
-    told = {"iteration": 2, "seconds": 4.0, "lr": 1.0, "consumed_samples": 1, "consumed_tokens": 1, "memory_gib": 1.0}
-    step = measure.step(interval, timed_steps=2, **told)
+    fields = {"iteration": 2, "seconds": 4.0, "lr": 1.0, "consumed_samples": 1, "consumed_tokens": 1, "memory_gib": 1.0}
+    step = measure.step(interval, timed_steps=2, **fields)
     assert step.tflops_per_gpu == pytest.approx((800e9 + 12000e6) / 4 / 2 / 1e12)
     unpacked = Interval()
     unpacked.add(1.0)
-    assert measure.step(unpacked, timed_steps=1, **told).tflops_per_gpu == pytest.approx(1000e9 / 4 / 2 / 1e12)
+    assert measure.step(unpacked, timed_steps=1, **fields).tflops_per_gpu == pytest.approx(1000e9 / 4 / 2 / 1e12)
 
 
 @pytest.fixture
@@ -125,55 +125,57 @@ def data(tmp_path):
     """Prompts and completions, some of which fill rows of 96 bytes."""
     path = tmp_path / "examples.jsonl"
     words = [{"prompt": f"Question {number}? ", "completion": "yes " * (1 + number % 9)} for number in range(60)]
-    path.write_text("".join(json.dumps(one) + "\n" for one in words))
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in words))
     return path
 
 
-def tuned(data, **told):
+def tuned(data, **settings):
     """Settings of a run over real files."""
-    config = FinetuningDatasetConfig(sequence_length=96, path=str(data), num_workers=0, **told)
+    config = FinetuningDatasetConfig(sequence_length=96, path=str(data), num_workers=0, **settings)
     return {"dataset": config, "tokenizer__tokenizer_model": "byte", "logger__log_interval": 4}
 
 
 def test_the_order_of_examples_goes_on_across_an_epochs_end_and_with_another_batch_size(ranks, model_folder, data, tmp_path):
-    told = {**tuned(data), "train__train_iters": 18, "train__global_batch_size": 4, "validation__eval_iters": 0}
+    changes = {**tuned(data), "train__train_iters": 18, "train__global_batch_size": 4, "validation__eval_iters": 0}
     folder = str(model_folder("gqa"))
-    whole = ranks.run(witness.train, 2, folder, {**told, "checkpoint__save": str(tmp_path / "whole")})
-    there = {"checkpoint__save": str(tmp_path / "parts"), "checkpoint__load": str(tmp_path / "parts")}
-    ranks.run(witness.train, 2, folder, {**told, **there, "train__exit_interval": 5})
-    rest = ranks.run(witness.train, 2, folder, {**told, **there})
-    for one, other in zip(whole, rest, strict=True):
-        assert other.losses == one.losses[5:]
-        assert other.seen == one.seen[10:]
-        assert witness.differences(one.left, other.left) == []
+    whole = ranks.run(witness.train, 2, folder, {**changes, "checkpoint__save": str(tmp_path / "whole")})
+    checkpoints = {"checkpoint__save": str(tmp_path / "parts"), "checkpoint__load": str(tmp_path / "parts")}
+    ranks.run(witness.train, 2, folder, {**changes, **checkpoints, "train__exit_interval": 5})
+    rest = ranks.run(witness.train, 2, folder, {**changes, **checkpoints})
+    for expected, actual in zip(whole, rest, strict=True):
+        assert actual.losses == expected.losses[5:]
+        assert actual.seen == expected.seen[10:]
+        assert witness.differences(expected.left, actual.left) == []
     assert witness.metrics(tmp_path / "parts") == witness.metrics(tmp_path / "whole")
     rows = 18 * 4
     epoch = json.loads((data.parent / "examples.jsonl.cache").glob("*/about.json").__next__().read_text())["tokens"] / 96
     assert rows > 2 * epoch  # the run went over the end of an epoch twice
 
-    (two,) = ranks.run(witness.train, 1, folder, {**told, "checkpoint__save": str(tmp_path / "other"), "train__exit_interval": 5})
+    (two,) = ranks.run(
+        witness.train, 1, folder, {**changes, "checkpoint__save": str(tmp_path / "other"), "train__exit_interval": 5}
+    )
     resumed = {"checkpoint__load": str(tmp_path / "other"), "train__global_batch_size": 2, "train__train_iters": 31}
-    (further,) = ranks.run(witness.train, 1, folder, {**told, **resumed})
+    (further,) = ranks.run(witness.train, 1, folder, {**changes, **resumed})
     halves = [sorted(rank.seen) for rank in whole]
     assert sorted(two.seen + further.seen) == sorted(halves[0] + halves[1])
 
 
 def test_a_resume_with_other_examples_is_told(ranks, model_folder, data, tmp_path):
     folder = str(model_folder("gqa"))
-    told = {"train__train_iters": 2, "validation__eval_iters": 0, "scheduler__lr_warmup_iters": 0}
-    told["checkpoint__save"] = str(tmp_path / "run")
-    ranks.run(witness.train, 1, folder, {**tuned(data), **told})
-    again = {**told, "train__train_iters": 3, "checkpoint__load": str(tmp_path / "run")}
-    (said,) = ranks.run(_said, 1, folder, {**tuned(data, packed=False), **again})
-    assert "note: `dataset.packed` was True, now False: the samples to come are others" in said
-    assert "60 examples of 1 file: " in said
+    changes = {"train__train_iters": 2, "validation__eval_iters": 0, "scheduler__lr_warmup_iters": 0}
+    changes["checkpoint__save"] = str(tmp_path / "run")
+    ranks.run(witness.train, 1, folder, {**tuned(data), **changes})
+    again = {**changes, "train__train_iters": 3, "checkpoint__load": str(tmp_path / "run")}
+    (output,) = ranks.run(_said, 1, folder, {**tuned(data, packed=False), **again})
+    assert "note: `dataset.packed` was True, now False: the samples to come are others" in output
+    assert "60 examples of 1 file: " in output
 
 
 def _said(folder: str, changes: dict) -> str:
     """What the run told people."""
-    with contextlib.redirect_stderr(io.StringIO()) as told:
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
         witness.train(folder, changes)
-    return told.getvalue()
+    return stderr.getvalue()
 
 
 def _heard(folder: str, changes: dict) -> str:
@@ -189,9 +191,9 @@ def _heard(folder: str, changes: dict) -> str:
 def test_an_example_that_cannot_be_used_ends_every_rank(ranks, model_folder, data):
     with data.open("a") as file:
         file.write('{"prompt": "no completion"}\n')
-    told = {**tuned(data), "train__train_iters": 2, "scheduler__lr_warmup_iters": 0}
-    for said in ranks.run(_refused, 2, str(model_folder("gqa")), told):
-        assert said.startswith(f"`{data}`, line 61 cannot be used: ")
+    changes = {**tuned(data), "train__train_iters": 2, "scheduler__lr_warmup_iters": 0}
+    for message in ranks.run(_refused, 2, str(model_folder("gqa")), changes):
+        assert message.startswith(f"`{data}`, line 61 cannot be used: ")
 
 
 def _refused(folder: str, changes: dict) -> str:
@@ -219,10 +221,10 @@ def test_settings_that_packed_rows_cannot_have_are_refused(model_folder, data):
     assert message(model__window_size=(8, 0)) == (
         "`model.window_size` is `(8, 0)`, and megatron-core's attention on the CPU cannot keep packed examples apart too"
     )
-    told = tuned(data)["dataset"]
-    told.pad_to_multiple_of = 5
+    config = tuned(data)["dataset"]
+    config.pad_to_multiple_of = 5
     with pytest.raises(UserError, match=r"`96`, which is not divisible by `dataset.pad_to_multiple_of`, `5`"):
-        resolve(small.settings(Path(model_folder("gqa")), dataset=told), world_size=1, device="cpu")
+        resolve(small.settings(Path(model_folder("gqa")), dataset=config), world_size=1, device="cpu")
 
 
 def test_fine_tuning_weighs_tokens_alike_and_pads_examples_for_context_parallel_ranks(model_folder, data):

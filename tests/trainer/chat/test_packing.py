@@ -54,8 +54,8 @@ def test_best_fit_is_the_textbooks(lengths):
         best = min(fitting, key=lambda number: room[number])
         room[best] -= lengths[example]
         rows[best].append(example)
-    found = packing.best_fit_decreasing(np.array(lengths), capacity=16)
-    assert sorted(16 - np.array(lengths)[row].sum() for row in each(found)) == sorted(room)
+    packed = packing.best_fit_decreasing(np.array(lengths), capacity=16)
+    assert sorted(16 - np.array(lengths)[row].sum() for row in each(packed)) == sorted(room)
 
 
 def test_rows_are_nearly_full():
@@ -66,13 +66,13 @@ def test_rows_are_nearly_full():
 
 def test_an_epoch_has_the_same_rows_every_time_and_other_epochs_and_seeds_have_others():
     lengths = real(500)
-    one, again, epoch, seed = (
+    first, again, epoch, seed = (
         packing.best_fit_shuffled(lengths, capacity=2048, seed=seed, epoch=epoch)
         for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))
     )
-    assert each(one) == each(again)
-    assert each(one) != each(epoch)
-    assert each(one) != each(seed)
+    assert each(first) == each(again)
+    assert each(first) != each(epoch)
+    assert each(first) != each(seed)
 
 
 def test_rows_in_another_order_are_the_same_rows():
@@ -81,18 +81,18 @@ def test_rows_in_another_order_are_the_same_rows():
     assert each(rows.permuted(order)) == [rows[number].tolist() for number in order]
 
 
-def dataset(count=40, **told):
-    told = {"sequence_length": LENGTH, "packed": True, "seed": 5, **told}
-    return ExampleDataset(Drawn(count), np.arange(count), **told)
+def dataset(count=40, **settings):
+    settings = {"sequence_length": LENGTH, "packed": True, "seed": 5, **settings}
+    return ExampleDataset(Drawn(count), np.arange(count), **settings)
 
 
 def split_up(sample):
     """The examples of a row: tokens, and which of them are learned; padding last."""
     marks = sample["segment_ids"]
     for number in range(int(marks.max()) + 1):
-        here = (marks == number).nonzero().flatten()
-        assert here.tolist() == list(range(int(here[0]), int(here[-1]) + 1))
-        yield {name: part[here] for name, part in sample.items()}
+        positions = (marks == number).nonzero().flatten()
+        assert positions.tolist() == list(range(int(positions[0]), int(positions[-1]) + 1))
+        yield {name: part[positions] for name, part in sample.items()}
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
@@ -129,8 +129,8 @@ def test_without_packing_a_row_is_one_example_and_long_ones_are_cut():
     assert "segment_ids" not in made[3]
 
 
-def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -167,10 +167,10 @@ def test_evaluation_sees_the_same_rows_in_the_same_order_and_begins_anew():
 
 def test_segments_are_found_row_by_row():
     ids = torch.tensor([[0, 0, 1, 1, 1, -1], [0, 1, 1, 1, 1, 1]], dtype=torch.int32)
-    found = segments.find_segments(ids)
-    assert found.cu_seqlens.tolist() == [0, 2, 5, 6, 7, 12]
-    assert found.cu_seqlens.dtype == np.int32
-    assert (found.num_tokens, found.sum_squared_lengths, found.max_seqlen) == (2 + 3 + 1 + 5, 4 + 9 + 1 + 25, 5)
+    packed = segments.find_segments(ids)
+    assert packed.cu_seqlens.tolist() == [0, 2, 5, 6, 7, 12]
+    assert packed.cu_seqlens.dtype == np.int32
+    assert (packed.num_tokens, packed.sum_squared_lengths, packed.max_seqlen) == (2 + 3 + 1 + 5, 4 + 9 + 1 + 25, 5)
     full = segments.find_segments(torch.zeros(2, 6, dtype=torch.int32))  # one example fills each row
     assert full.cu_seqlens.tolist() == [0, 6, 12]
 

@@ -32,9 +32,9 @@ def pairs(tmp_path):
 
 
 def test_examples_and_figures_of_prompts_and_completions(pairs):
-    told = preview("llama_tiny", f"dataset.path={pairs}", "dataset.sequence_length=16", "--examples", 2, "--skip-bad")
-    assert told.exit_code == 0, told.stderr
-    assert told.stdout.splitlines() == [
+    result = preview("llama_tiny", f"dataset.path={pairs}", "dataset.sequence_length=16", "--examples", 2, "--skip-bad")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines() == [
         f"# `{pairs}`, line 1: 10 tokens, 7 trained on",
         "a↵",
         "x⟦y\\x1b[31m<|endoftext|>⟧",
@@ -59,18 +59,18 @@ def test_examples_and_figures_of_prompts_and_completions(pairs):
 
 
 def test_a_bad_example_stops_it_unless_it_is_skipped(pairs):
-    told = preview("llama_tiny", f"dataset.path={pairs}")
-    assert told.exit_code == 1
-    assert told.stdout.count("# `") == 3
-    assert told.stderr == (
+    result = preview("llama_tiny", f"dataset.path={pairs}")
+    assert result.exit_code == 1
+    assert result.stdout.count("# `") == 3
+    assert result.stderr == (
         f"error: `{pairs}`, line 10 cannot be used: it has neither `messages` nor `completion`: it has `prompt`\n\n"
         "hint: correct it, or leave such examples out: `dataset.skip_bad=true`\n"
     )
 
 
 def test_the_figures_may_be_those_of_the_first(pairs):
-    told = preview("llama_tiny", f"dataset.path={pairs}", "--limit", 4, "--examples", 0)
-    assert told.stdout.startswith("the first 4 examples of 1 file: 52 tokens, ")
+    result = preview("llama_tiny", f"dataset.path={pairs}", "--limit", 4, "--examples", 0)
+    assert result.stdout.startswith("the first 4 examples of 1 file: 52 tokens, ")
 
 
 def test_conversations_of_a_recipe_with_another_tokenizer(tmp_path, folder):
@@ -80,8 +80,8 @@ def test_conversations_of_a_recipe_with_another_tokenizer(tmp_path, folder):
     user, assistant = head("user"), head("assistant")
     whole = f"<|begin_of_text|>{user}what?{end}{assistant}⟦a fox{end}⟧{user}and?{end}{assistant}⟦it{end}⟧"
     assert whole in preview("llama_tiny", *words).stdout
-    found = tokenizers.load(str(folder))
-    pieces = [found.decode([one]) for one in found.encode("a fox")]
+    tokenizer = tokenizers.load(str(folder))
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode("a fox")]
     assert len(pieces) > 1
     assert f"⟦{'|'.join(pieces)}|{end}⟧" in preview("llama_tiny", *words, "--tokens").stdout
 
@@ -89,10 +89,10 @@ def test_conversations_of_a_recipe_with_another_tokenizer(tmp_path, folder):
 def test_the_tokenizer_of_the_weights_to_start_from_is_taken(tmp_path, folder):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": said("what?", "a fox")}))
     words = [f"dataset.path={tmp_path / 'a.jsonl'}", "~tokenizer.tokenizer_model"]
-    told = preview("llama_tiny", *words, f"checkpoint.pretrained_checkpoint={folder}")
-    assert "⟦a fox<|eot_id|>⟧" in told.stdout
-    told = preview("llama_tiny", *words)
-    assert told.stderr == (
+    result = preview("llama_tiny", *words, f"checkpoint.pretrained_checkpoint={folder}")
+    assert "⟦a fox<|eot_id|>⟧" in result.stdout
+    result = preview("llama_tiny", *words)
+    assert result.stderr == (
         "error: the examples need a tokenizer, and none is set\n\n"
         "hint: name a folder with `tokenizer.json`: `tokenizer.tokenizer_model=DIR`\n"
     )
@@ -108,17 +108,17 @@ def test_each_split_can_be_seen(tmp_path, pairs):
 
 
 def test_a_setting_of_documents_is_none_of_examples(pairs):
-    told = preview("llama_tiny", f"dataset.path={pairs}", "dataset.blend_per_split=[[a]]")
-    assert told.stderr.startswith("error: unknown setting `dataset.blend_per_split`")
+    result = preview("llama_tiny", f"dataset.path={pairs}", "dataset.blend_per_split=[[a]]")
+    assert result.stderr.startswith("error: unknown setting `dataset.blend_per_split`")
 
 
 def test_each_source_of_a_split_is_shown(pairs, tmp_path):
     other = tmp_path / "b.jsonl"
     other.write_text('{"prompt": "another", "completion": "one"}\n')
     words = ("llama_tiny", f"dataset.blend=[{pairs},{other}]", "dataset.split='1,0,0'", "--examples", 1, "--skip-bad")
-    told = preview(*words)
-    assert told.exit_code == 0, told.stderr
-    assert [line for line in told.stdout.splitlines() if line.startswith("# ")] == [
+    result = preview(*words)
+    assert result.exit_code == 0, result.stderr
+    assert [line for line in result.stdout.splitlines() if line.startswith("# ")] == [
         f"# `{pairs}`, line 1: 10 tokens, 7 trained on",
         f"# `{other}`, line 1: 11 tokens, 4 trained on",
     ]

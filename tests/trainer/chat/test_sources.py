@@ -68,10 +68,11 @@ MAKERS = [as_jsonl, as_parquet, as_folder, as_saved, as_dictionary, as_files_of_
 @pytest.mark.parametrize("make", MAKERS)
 def test_all_kinds_give_the_same_examples(make, tmp_path, tokenizer, learn):
     source, counts = make(tmp_path / "made.jsonl"), Counts()
-    found = [
-        (one.tokens.tolist(), one.trained.astype(int).tolist()) for one in read_examples(source, tokenizer, CONFIG, counts=counts)
+    learned = [
+        (example.tokens.tolist(), example.trained.astype(int).tolist())
+        for example in read_examples(source, tokenizer, CONFIG, counts=counts)
     ]
-    assert found == learn(*ROWS)
+    assert learned == learn(*ROWS)
     assert len(counts.files) == (2 if make in (as_folder, as_files_of_splits) else 1)
     assert all(path.is_file() for path in source.files())
 
@@ -98,13 +99,13 @@ def test_what_a_table_fills_in_is_not_there(make, tmp_path, tokenizer, learn, mo
     (tmp_path / "calls.jinja").write_text(CALLS)
     config = FinetuningDatasetConfig(chat_template=str(tmp_path / "calls.jinja"))
     examples = read_examples(make(tmp_path / "made"), tokenizer, config)
-    found = [(one.tokens.tolist(), one.trained.astype(int).tolist()) for one in examples]
-    assert found == learn(*CALLING, chat_template=config.chat_template)
-    assert ["days" in tokenizer.decode(tokens) for tokens, _ in found] == [False, True, False]
+    learned = [(example.tokens.tolist(), example.trained.astype(int).tolist()) for example in examples]
+    assert learned == learn(*CALLING, chat_template=config.chat_template)
+    assert ["days" in tokenizer.decode(tokens) for tokens, _ in learned] == [False, True, False]
 
 
 @pytest.mark.parametrize(
-    ("make", "places"),
+    ("make", "locations"),
     [
         (as_jsonl, ["`made.jsonl`, line 1", "`made.jsonl`, line 8"]),
         (as_parquet, ["`made.parquet`, row 1", "`made.parquet`, row 8"]),
@@ -113,9 +114,9 @@ def test_what_a_table_fills_in_is_not_there(make, tmp_path, tokenizer, learn, mo
         (as_dictionary, ["`made.jsonl/train`, row 1", "`made.jsonl/train`, row 8"]),
     ],
 )
-def test_each_example_knows_its_place(make, places, tmp_path):
+def test_each_example_knows_its_place(make, locations, tmp_path):
     records = list(make(tmp_path / "made.jsonl").records())
-    assert [record.location.replace(f"{tmp_path}/", "") for record in (records[0], records[-1])] == places
+    assert [record.location.replace(f"{tmp_path}/", "") for record in (records[0], records[-1])] == locations
     assert [record.fields()["id"] for record in records] == [row["id"] for row in ROWS]
 
 

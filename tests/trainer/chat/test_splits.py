@@ -24,20 +24,20 @@ def several(**settings):
 
 def of(**settings):
     """Of one source: for train, validation and test its part, or None."""
-    found = several(**{"path": "a.jsonl"} | settings)
-    assert found.weights is None
-    return [next(iter(found.of(split)), None) for split in SPLITS]
+    subsets = several(**{"path": "a.jsonl"} | settings)
+    assert subsets.weights is None
+    return [next(iter(subsets.of(split)), None) for split in SPLITS]
 
 
 @given(st.integers(0, 300), st.integers(0, 9), st.lists(st.integers(0, 9), min_size=1, max_size=3))
 def test_shares_are_disjoint_complete_and_of_their_sizes(count, seed, shares):
     shares[0] += 1
-    found = of(split=",".join(map(str, shares)), random_seed=seed)
-    numbers = [part.numbers(count) if part else np.arange(0) for part in found]
+    parts = of(split=",".join(map(str, shares)), random_seed=seed)
+    numbers = [part.numbers(count) if part else np.arange(0) for part in parts]
     assert sorted(np.concatenate(numbers).tolist()) == list(range(count))
-    assert all(np.all(np.diff(one) > 0) for one in numbers)
+    assert all(np.all(np.diff(part) > 0) for part in numbers)
     wanted = [count * share / sum(shares) for share in shares] + [0] * (3 - len(shares))
-    assert all(abs(len(one) - want) <= 1 for one, want in zip(numbers, wanted, strict=True))
+    assert all(abs(len(part) - want) <= 1 for part, want in zip(numbers, wanted, strict=True))
 
 
 def test_who_is_chosen_depends_on_the_seed_alone():
@@ -92,23 +92,23 @@ def test_what_cannot_be_shared_is_named(tmp_path):
     assert refusal(random_seed=-1).startswith("`dataset.random_seed` is -1\n\n")
     rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
     DatasetDict(train_sft=rows, test_sft=rows).save_to_disk(tmp_path / "odd")
-    one = "hint: name the folder or file of one of them: `dataset.path`, `dataset.validation_path`, `dataset.test_path`"
+    hint = "hint: name the folder or file of one of them: `dataset.path`, `dataset.validation_path`, `dataset.test_path`"
     has = "it has `train_sft`, `test_sft`"
-    assert refusal(path=str(tmp_path / "odd")) == f"`{tmp_path / 'odd'}` has no split `train`: {has}\n\n{one}"
-    assert refusal(test_path=str(tmp_path / "odd")) == f"`{tmp_path / 'odd'}` has no split `test`: {has}\n\n{one}"
+    assert refusal(path=str(tmp_path / "odd")) == f"`{tmp_path / 'odd'}` has no split `train`: {has}\n\n{hint}"
+    assert refusal(test_path=str(tmp_path / "odd")) == f"`{tmp_path / 'odd'}` has no split `test`: {has}\n\n{hint}"
     assert of(path=str(tmp_path / "odd" / "train_sft"))[0].source == Source(tmp_path / "odd" / "train_sft")
 
 
-def paths(found):
-    return [[part.source.path.name for part in found.of(split)] for split in SPLITS]
+def paths(subsets):
+    return [[part.source.path.name for part in subsets.of(split)] for split in SPLITS]
 
 
 def test_each_source_of_a_blend_has_its_shares_and_its_own_splits(tmp_path):
     rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
     DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
-    found = several(blend=["a.jsonl", str(tmp_path / "two")], split="90,10,0")
-    assert paths(found) == [["a.jsonl", "two"], ["a.jsonl", "two"], ["two"]]
-    assert (found.weights, found.train[1].source.split, found.test[0].source.split) == (None, "train", "test")
+    subsets = several(blend=["a.jsonl", str(tmp_path / "two")], split="90,10,0")
+    assert paths(subsets) == [["a.jsonl", "two"], ["a.jsonl", "two"], ["two"]]
+    assert (subsets.weights, subsets.train[1].source.split, subsets.test[0].source.split) == (None, "train", "test")
     weighted = several(blend=[0.3, "a.jsonl", 2, "b.jsonl"], validation_path=["v.jsonl", "w.jsonl"])
     assert paths(weighted) == [["a.jsonl", "b.jsonl"], ["v.jsonl", "w.jsonl"], []]
     assert (weighted.weights, weighted.train[0].share) == ((0.3, 2.0), (0.0, 1.0))

@@ -39,16 +39,16 @@ def written(folder, *, vocab_size=384, count=200, drawn=None):
 @pytest.mark.parametrize(("vocab_size", "kind"), [(2**16, "uint16"), (2**16 + 1, "int32")])
 def test_what_was_written_is_read(vocab_size, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_BUFFER_TOKENS", 500)  # several times full
-    drawn, found = written(tmp_path / "store", vocab_size=vocab_size)
-    assert (found.about["dtype"], found.about["made_of"], len(found)) == (kind, "numbers", 200)
-    assert found.lengths.tolist() == drawn.lengths.tolist()
+    drawn, stored = written(tmp_path / "store", vocab_size=vocab_size)
+    assert (stored.about["dtype"], stored.about["made_of"], len(stored)) == (kind, "numbers", 200)
+    assert stored.lengths.tolist() == drawn.lengths.tolist()
     for number in range(200):
-        for one, other in zip(found[number], drawn[number], strict=True):
-            assert one.tolist() == other.tolist()
+        for actual, expected in zip(stored[number], drawn[number], strict=True):
+            assert actual.tolist() == expected.tolist()
     everything = [drawn[number] for number in range(200)]
-    assert found.about["tokens"] == sum(len(tokens) for tokens, _ in everything)
-    assert found.about["trained"] == sum(int(trained.sum()) for _, trained in everything)
-    assert found.about["largest"] == max(int(tokens.max()) for tokens, _ in everything)
+    assert stored.about["tokens"] == sum(len(tokens) for tokens, _ in everything)
+    assert stored.about["trained"] == sum(int(trained.sum()) for _, trained in everything)
+    assert stored.about["largest"] == max(int(tokens.max()) for tokens, _ in everything)
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
@@ -58,12 +58,12 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
 
 
 def test_a_damaged_store_is_refused(tmp_path):
-    _, found = written(tmp_path / "store")
+    _, stored = written(tmp_path / "store")
     tokens = tmp_path / "store" / "tokens.bin"
     tokens.write_bytes(tokens.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"tokens.bin` has \d+ bytes, but `about.json` says"):
         store.open_store(tmp_path / "store")
-    (tmp_path / "store" / "about.json").write_text(json.dumps({**found.about, "version": 0}))
+    (tmp_path / "store" / "about.json").write_text(json.dumps({**stored.about, "version": 0}))
     with pytest.raises(UserError, match="written by another version"):
         store.open_store(tmp_path / "store")
 
@@ -73,16 +73,16 @@ def data(tmp_path):
     """Forty prompts and completions."""
     path = tmp_path / "examples.jsonl"
     words = [{"prompt": f"Question {number}? ", "completion": "yes " * (1 + number % 9)} for number in range(40)]
-    path.write_text("".join(json.dumps(one) + "\n" for one in words))
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in words))
     return path
 
 
-def config(path, **told):
-    return FinetuningDatasetConfig(sequence_length=LENGTH, path=str(path), split="80,20,0", **told)
+def config(path, **settings):
+    return FinetuningDatasetConfig(sequence_length=LENGTH, path=str(path), split="80,20,0", **settings)
 
 
-def made(told, *, samples=(20, 4, 0), vocab_size=384, tokenizer="byte"):
-    return build(told, tokenizer=tokenizers.load(tokenizer), vocab_size=vocab_size, samples=samples)
+def made(settings, *, samples=(20, 4, 0), vocab_size=384, tokenizer="byte"):
+    return build(settings, tokenizer=tokenizers.load(tokenizer), vocab_size=vocab_size, samples=samples)
 
 
 def text(sample):
@@ -129,17 +129,17 @@ def test_splits_share_no_example(data):
 def test_the_answers_of_a_conversation_are_in_one_split(tmp_path):
     path, folder = tmp_path / "talks.jsonl", llama.save(tmp_path / "tokenizer")
     talks = [{"messages": llama.said(*(f"talk {number}." for _ in range(2 * (1 + number % 3))))} for number in range(60)]
-    path.write_text("".join(json.dumps(one) + "\n" for one in talks))
-    told = FinetuningDatasetConfig(sequence_length=LENGTH, path=str(path), split="50,50,0", packed=False, learn="each_answer")
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    settings = FinetuningDatasetConfig(sequence_length=LENGTH, path=str(path), split="50,50,0", packed=False, learn="each_answer")
     tokenizer = tokenizers.load(str(folder))
-    train, valid, _ = build(told, tokenizer=tokenizer, vocab_size=384, samples=(300, 300, 0))
-    found = []
-    for one in (train, valid):
-        rows = [one[number] for number in range(one.per_epoch)]
-        found.append([re.findall(r"talk (\d+)\.", tokenizer.decode(row["tokens"].tolist()))[0] for row in rows])
-    assert len(found[0]) + len(found[1]) == 120
-    assert not set(found[0]) & set(found[1])
-    assert len(set(found[0])) == len(set(found[1])) == 30
+    train, valid, _ = build(settings, tokenizer=tokenizer, vocab_size=384, samples=(300, 300, 0))
+    numbers = []
+    for split in (train, valid):
+        rows = [split[number] for number in range(split.per_epoch)]
+        numbers.append([re.findall(r"talk (\d+)\.", tokenizer.decode(row["tokens"].tolist()))[0] for row in rows])
+    assert len(numbers[0]) + len(numbers[1]) == 120
+    assert not set(numbers[0]) & set(numbers[1])
+    assert len(set(numbers[0])) == len(set(numbers[1])) == 30
     assert [len(store.open_store(folder)) for folder in (tmp_path / "talks.jsonl.cache").iterdir()] == [120]
 
 
@@ -151,12 +151,12 @@ def train_rows(data):
 def test_validation_that_nobody_asked_for_may_be_missing(tmp_path):
     path = tmp_path / "few.jsonl"
     path.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
-    told = FinetuningDatasetConfig(sequence_length=LENGTH, path=str(path))
-    train, valid, _ = made(told)
+    settings = FinetuningDatasetConfig(sequence_length=LENGTH, path=str(path))
+    train, valid, _ = made(settings)
     assert valid is None
     assert train.summary[-1] == "note: `dataset.split=95,5,0` of 1 examples leaves none for validation"
     with pytest.raises(UserError, match="of 1 examples leaves none for validation"):
-        made(replace(told, split="90,10,0"))
+        made(replace(settings, split="90,10,0"))
 
 
 def test_without_a_tokenizer_there_are_no_tokens(data):
@@ -168,24 +168,24 @@ def test_without_a_tokenizer_there_are_no_tokens(data):
 def packed(data, tmp_path, model_folder):
     """The same examples, packed beforehand by the command."""
     out = tmp_path / "packed"
-    told = [
+    overrides = [
         f"dataset.path={data}",
         f"dataset.sequence_length={LENGTH}",
         'dataset.split="80,20,0"',
         "tokenizer.tokenizer_model=byte",
     ]
-    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(out), *told, "--json"])
+    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(out), *overrides, "--json"])
     assert result.exit_code == 0, result.output
     return out, json.loads(result.stdout)
 
 
 def test_a_packed_folder_is_trained_from(packed, data):
-    out, said = packed
-    assert [one["split"] for one in said] == ["train", "validation"]
-    assert [one["examples"] for one in said] == [32, 8]
+    out, report = packed
+    assert [part["split"] for part in report] == ["train", "validation"]
+    assert [part["examples"] for part in report] == [32, 8]
     assert sorted(path.name for path in out.iterdir()) == ["train", "validation"]
-    ours, theirs = (made(config(path), samples=(2 * said[0]["rows"], 4, 0)) for path in (out, data))
-    rows = said[0]["rows"]
+    ours, theirs = (made(config(path), samples=(2 * report[0]["rows"], 4, 0)) for path in (out, data))
+    rows = report[0]["rows"]
 
     def parts(train, first):
         return sorted(
@@ -230,7 +230,7 @@ def test_a_packed_folder_of_another_tokenizer_is_refused(packed, model_folder):
 
 
 def test_what_another_put_there_meanwhile_stays(data, tmp_path, monkeypatch):
-    out, told = tmp_path / "out", [f"dataset.path={data}", "tokenizer.tokenizer_model=byte"]
+    out, overrides = tmp_path / "out", [f"dataset.path={data}", "tokenizer.tokenizer_model=byte"]
 
     def save(path, array, real=store.save_array):
         out.mkdir(exist_ok=True)
@@ -238,7 +238,7 @@ def test_what_another_put_there_meanwhile_stays(data, tmp_path, monkeypatch):
         real(path, array)
 
     monkeypatch.setattr(store, "save_array", save)
-    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(out), *told])
+    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(out), *overrides])
     assert result.exit_code == 1
     assert f"error: `{out}` appeared while it was being written" in result.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
@@ -246,7 +246,7 @@ def test_what_another_put_there_meanwhile_stays(data, tmp_path, monkeypatch):
 
 
 def test_packing_again_needs_another_folder(packed, data):
-    told = [f"dataset.path={data}", "tokenizer.tokenizer_model=byte"]
-    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(packed[0]), *told])
+    overrides = [f"dataset.path={data}", "tokenizer.tokenizer_model=byte"]
+    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(packed[0]), *overrides])
     assert result.exit_code == 1
     assert f"error: `{packed[0]}` exists" in result.stderr

@@ -105,7 +105,7 @@ def test_what_trl_learns_beyond_this_is_white_space_around_an_answer(name, tmp_p
 def test_prompts_that_end_with_a_token_and_completions_are_learned_as_trl_does(tmp_path, learn, folder, tokenizer):
     pairs = [("what is it?", " a fox"), ("user\n\n", "the quick brown"), ("12345:", " it is\n\n\na fox!")]
     examples = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-    theirs = of_trl(sft_trainer(folder, [dict(one) for one in examples], tiny_model(), tmp_path))
+    theirs = of_trl(sft_trainer(folder, [dict(example) for example in examples], tiny_model(), tmp_path))
     assert learn(*examples) == theirs
 
 
@@ -116,7 +116,7 @@ def sums(tmp_path_factory):
     examples = [
         {"prompt": f"{n} and {n * n} are ", "completion": " ".join(str(n + n * n) * (1 + n % 5))} for n in range(EXAMPLES)
     ]
-    file.write_text("".join(json.dumps(one) + "\n" for one in examples))
+    file.write_text("".join(json.dumps(example) + "\n" for example in examples))
     return file, examples
 
 
@@ -135,7 +135,7 @@ def reference(sums, folder, model_folder, tmp_path_factory):
     }
     batches = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": EXAMPLES // 3, "max_steps": EPOCHS}
     model = AutoModelForCausalLM.from_pretrained(model_folder("gqa"), dtype="float32")
-    trainer = sft_trainer(folder, [dict(one) for one in sums[1]], model, out, **rates, **batches)
+    trainer = sft_trainer(folder, [dict(example) for example in sums[1]], model, out, **rates, **batches)
     trainer.train()
     steps = [line for line in trainer.state.log_history if "grad_norm" in line]
     return [line["loss"] for line in steps], [line["grad_norm"] for line in steps]

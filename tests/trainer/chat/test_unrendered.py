@@ -31,8 +31,8 @@ def used(*calls, **more):
 
 
 def whole(folder, messages, template, **further):
-    found = AutoTokenizer.from_pretrained(folder)
-    return found.apply_chat_template(messages, chat_template=template, return_dict=True, **further)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True, **further)["input_ids"]
 
 
 @pytest.mark.parametrize("text", [CALLS, ONE_CALL], ids=["calls", "one call"])
@@ -40,7 +40,7 @@ def test_calls_and_tools_are_learned_as_transformers_renders_them(learn, templat
     messages = used(call(city="Bern", days=2))
     ((tokens, trained),) = learn({"messages": messages, "tools": TOOLS}, chat_template=template(text))
     assert tokens == whole(folder, messages, text, tools=TOOLS)
-    learned = tokenizer.decode([one for one, on in zip(tokens, trained, strict=True) if on])
+    learned = tokenizer.decode([token for token, on in zip(tokens, trained, strict=True) if on])
     assert '"weather"' in learned
     assert '{"city": "Bern", "days": 2}' in learned
     assert "rain" in learned.replace("It rains", "rain")
@@ -50,13 +50,13 @@ def test_calls_and_tools_are_learned_as_transformers_renders_them(learn, templat
 @pytest.mark.parametrize("text", [CALLS, ONE_CALL], ids=["calls", "one call"])
 def test_arguments_and_calls_that_are_json_are_the_same_objects(learn, template, text):
     """OpenAI writes arguments as JSON; a template that writes JSON of them would quote them twice."""
-    one = call(city="Bern")
-    as_json = {**one, "function": {"name": "weather", "arguments": json.dumps({"city": "Bern"})}}
-    forms = [used(one), used(as_json)]
-    whole_as_json = used(one)
-    whole_as_json[1] = {**whole_as_json[1], "tool_calls": json.dumps([one])}
-    found = learn(*({"messages": form} for form in [*forms, whole_as_json]), chat_template=template(text))
-    assert found[0] == found[1] == found[2]
+    as_object = call(city="Bern")
+    as_json = {**as_object, "function": {"name": "weather", "arguments": json.dumps({"city": "Bern"})}}
+    forms = [used(as_object), used(as_json)]
+    whole_as_json = used(as_object)
+    whole_as_json[1] = {**whole_as_json[1], "tool_calls": json.dumps([as_object])}
+    learned = learn(*({"messages": form} for form in [*forms, whole_as_json]), chat_template=template(text))
+    assert learned[0] == learned[1] == learned[2]
 
 
 @pytest.mark.parametrize("call_without", [{}, {"content": None}], ids=["absent", "null"])
@@ -80,7 +80,7 @@ HI = said("hello there", "general")
 
 
 def beside(number, **more):
-    return {"messages": [{**one, **more} if place == number else one for place, one in enumerate(HI)]}
+    return {"messages": [{**message, **more} if position == number else message for position, message in enumerate(HI)]}
 
 
 @pytest.mark.parametrize(

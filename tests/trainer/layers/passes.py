@@ -74,7 +74,7 @@ def on_rank(fields: dict[str, Any], changes: dict[str, Any]) -> tuple[float, flo
             parameter.data.copy_(parameter.main_grad)
         for buffer in (buffer for chunk in chunks for buffer in chunk.buffers()):
             buffer.zero_()  # has no gradient
-        return loss, norm, [(one.name, one.region, one.global_shape, one.data.numpy()) for one in local_weights(chunks)]
+        return loss, norm, [(part.name, part.region, part.global_shape, part.data.numpy()) for part in local_weights(chunks)]
 
 
 def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -60,7 +60,7 @@ class _Scattered(small.History):
 
     def on_start(self, run: Any) -> None:
         made = torch.Generator().manual_seed(7)
-        for parameter in (one for chunk in run.chunks for one in chunk.parameters()):
+        for parameter in (parameter for chunk in run.chunks for parameter in chunk.parameters()):
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=made)
 
 

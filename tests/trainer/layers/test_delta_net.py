@@ -26,10 +26,10 @@ def test_kernels_are_those_of_transformers_with_their_gradients():
         mine, kept = torch_kernels.causal_conv1d(states, weight, bias=given, activation=activation)
         other = theirs.causal_conv1d_fn(states.transpose(1, 2), weight, given, activation).transpose(1, 2)
         torch.testing.assert_close(mine, other)
-        for one, two in zip(
-            *(torch.autograd.grad(found.square().sum(), (states, weight)) for found in (mine, other)), strict=True
+        for gradient, expected in zip(
+            *(torch.autograd.grad(output.square().sum(), (states, weight)) for output in (mine, other)), strict=True
         ):
-            torch.testing.assert_close(one, two)
+            torch.testing.assert_close(gradient, expected)
         assert kept is None
     torch.testing.assert_close(torch_kernels.l2norm(states), theirs.l2norm(states))
 
@@ -51,7 +51,7 @@ LAYOUTS = {
 QUICK = ("tp2, sequence parallel, all computed again",)
 
 
-@pytest.mark.parametrize("name", [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in LAYOUTS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS])
 def test_a_few_steps_are_those_of_transformers_and_adamw_in_every_layout(folder, ranks, name):
     losses, norms = test_parity._reference(folder, FEW)
     for history in ranks.run(small.train, 1 if name == "deterministic" else 2, str(folder), {**SHORT, **LAYOUTS[name]}):
@@ -62,11 +62,11 @@ def test_a_few_steps_are_those_of_transformers_and_adamw_in_every_layout(folder,
 
 def test_the_layers_of_a_delta_net_are_trained_on_every_rank_alike(folder, ranks):
     """Ranks have the norm of all heads, and each the gradient of its own."""
-    one, two = ranks.run(small.train, 2, str(folder), {**SHORT, **TP2})
-    norms = [name for name in one.weights if name.endswith("out_norm.weight")]
+    first, second = ranks.run(small.train, 2, str(folder), {**SHORT, **TP2})
+    norms = [name for name in first.weights if name.endswith("out_norm.weight")]
     assert len(norms) == 3
     for name in norms:
-        assert torch.equal(one.weights[name], two.weights[name])
+        assert torch.equal(first.weights[name], second.weights[name])
 
 
 NET = {"model__experimental_attention_variant": "gated_delta_net", "model__linear_attention_freq": 2}
@@ -80,5 +80,5 @@ def test_packed_examples_are_refused_where_the_state_would_go_on(device, more):
 
 
 def test_no_text_is_generated(folder, ranks):
-    (said,) = ranks.run(answers, 1, str(folder), ())
-    assert "is `gated_delta_net`, with which no text can be generated" in said
+    (answer,) = ranks.run(answers, 1, str(folder), ())
+    assert "is `gated_delta_net`, with which no text can be generated" in answer

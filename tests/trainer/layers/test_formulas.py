@@ -78,8 +78,8 @@ def test_xielu_is_that_of_transformers():
         getattr(ours, name).data += 0.3
         getattr(theirs, name).data += 0.3
     inputs = torch.randn(4000, generator=torch.Generator().manual_seed(1)) * 3
-    found = _with_gradients(lambda given: xielu(given, ours.alpha_p, ours.alpha_n), inputs, ours)
-    torch.testing.assert_close(found, _with_gradients(theirs._xielu_python, inputs, theirs))
+    actual = _with_gradients(lambda given: xielu(given, ours.alpha_p, ours.alpha_n), inputs, ours)
+    torch.testing.assert_close(actual, _with_gradients(theirs._xielu_python, inputs, theirs))
 
 
 def _with_gradients(function, inputs, module):

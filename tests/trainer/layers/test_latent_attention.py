@@ -46,7 +46,7 @@ def test_only_a_model_with_latent_attention_has_its_fields():
     assert isinstance(made("youtu"), MLATransformerConfig)
     plain = from_hf_config(small_config("llama").to_dict())
     assert type(plain) is GPTModelProvider
-    own = {one.name for one in fields(MLAModelProvider)} - {one.name for one in fields(GPTModelProvider)}
+    own = {field.name for field in fields(MLAModelProvider)} - {field.name for field in fields(GPTModelProvider)}
     assert {"q_lora_rank", "kv_lora_rank", "v_head_dim", "latent_layernorm_epsilon"} <= own
 
 

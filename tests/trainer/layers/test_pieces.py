@@ -105,6 +105,6 @@ def _forward(fields):
 
 def test_biases_of_recomputed_feed_forward_parts_stay_parameters(ranks):
     fields = {"add_bias_linear": True, "recompute_granularity": "selective", "recompute_modules": ["mlp"]}
-    found = ranks.run(_forward, 1, fields)[0]
-    assert any(name.endswith("linear_fc2.bias") for name in found)
-    assert [name for name, leaf in found.items() if not leaf] == []
+    leaves = ranks.run(_forward, 1, fields)[0]
+    assert any(name.endswith("linear_fc2.bias") for name in leaves)
+    assert [name for name, leaf in leaves.items() if not leaf] == []

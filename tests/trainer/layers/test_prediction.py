@@ -58,9 +58,9 @@ def _trained(config: dict, iteration: str) -> tuple[Any, ...]:
     total, tokens, _ = loss_function(output)
     (total / tokens).backward()
     layers = enumerate(chunk.mtp.layers)
-    found = {f"{number}.{name}": layer.get_submodule(name).weight.grad for number, layer in layers for name in OWN}
-    found |= {"embedding": chunk.embedding.word_embeddings.weight.grad, "output": chunk.output_layer.weight.grad}
-    return (total / tokens).item(), MTPLossLoggingHelper.tracker["loss_values"].tolist(), found
+    gradients = {f"{number}.{name}": layer.get_submodule(name).weight.grad for number, layer in layers for name in OWN}
+    gradients |= {"embedding": chunk.embedding.word_embeddings.weight.grad, "output": chunk.output_layer.weight.grad}
+    return (total / tokens).item(), MTPLossLoggingHelper.tracker["loss_values"].tolist(), gradients
 
 
 def expected(folder: Any) -> tuple[Any, ...]:
@@ -71,12 +71,14 @@ def expected(folder: Any) -> tuple[Any, ...]:
     for logits in prediction.logits(main, further, given["tokens"]):
         each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         losses.append((each * mask).sum() / mask.sum())
-        labels, mask = (torch.nn.functional.pad(one[:, 1:], (0, 1)) for one in (labels, mask))
+        labels, mask = (torch.nn.functional.pad(tensor[:, 1:], (0, 1)) for tensor in (labels, mask))
     (losses[0] + FACTOR / LAYERS * sum(losses[1:])).backward()
     layers = enumerate(further.layers)
-    found = {f"{number}.{name}": layer.get_submodule(own).weight.grad for number, layer in layers for name, own in OWN.items()}
-    found |= {"embedding": main.get_input_embeddings().weight.grad, "output": main.lm_head.weight.grad}
-    return losses[0].item(), [one.item() for one in losses[1:]], found
+    gradients = {
+        f"{number}.{name}": layer.get_submodule(own).weight.grad for number, layer in layers for name, own in OWN.items()
+    }
+    gradients |= {"embedding": main.get_input_embeddings().weight.grad, "output": main.lm_head.weight.grad}
+    return losses[0].item(), [loss.item() for loss in losses[1:]], gradients
 
 
 def test_losses_and_gradients_are_those_of_transformers_layers(ranks, tmp_path) -> None:
@@ -88,8 +90,8 @@ def test_losses_and_gradients_are_those_of_transformers_layers(ranks, tmp_path) 
     assert loss == pytest.approx(own, rel=1e-5)
     assert ahead == pytest.approx(further, rel=1e-5)
     assert gradients.keys() == theirs.keys()
-    for name, one in theirs.items():
-        torch.testing.assert_close(gradients[name], one, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,6 @@ GROUPS = {"moe_router_group_score": 2, "moe_router_num_groups": 4, "moe_router_g
     ({**GROUPS, "moe_router_num_groups": None, "moe_router_group_topk": None}, "`model.moe_router_num_groups` is `None`"),
 ])  # fmt: skip
 def test_groups_that_the_router_would_rate_otherwise_are_refused(folder, fields, message) -> None:
-    config = small.settings(folder, **{f"model__{name}": one for name, one in fields.items()})
+    config = small.settings(folder, **{f"model__{name}": value for name, value in fields.items()})
     with pytest.raises(UserError, match=message):
         architecture.check(config)

@@ -31,10 +31,12 @@ def test_a_copy_can_be_changed_without_the_original(more):
 def test_layers_that_share_a_spec_share_its_copy():
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    one, other = _layer(), _layer(num_experts=2)
-    adapted = layers.adapt_spec(GPTModelProvider(), TransformerBlockSubmodules(layer_specs=[one, other, one], layer_norm=None))
+    dense, experts = _layer(), _layer(num_experts=2)
+    adapted = layers.adapt_spec(
+        GPTModelProvider(), TransformerBlockSubmodules(layer_specs=[dense, experts, dense], layer_norm=None)
+    )
     first, second, third = adapted.layer_specs
-    assert first is third is not one
+    assert first is third is not dense
     assert second is not first
 
 

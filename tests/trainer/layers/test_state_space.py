@@ -47,10 +47,10 @@ def _mixer(tokens: int):
         ours = model.build(config.model)[0].decoder.layers[0].mixer
         ours.chunk_size = 16
         assert ours.norm.eps == theirs.norm.variance_epsilon == 0.1
-        weights = {name.replace("conv1d_", "conv1d."): one for name, one in ours.named_parameters()}
-        for name, one in theirs.named_parameters():
-            one.data.normal_(0.1, 0.3)
-            weights[name].data.copy_(one.data)
+        weights = {name.replace("conv1d_", "conv1d."): parameter for name, parameter in ours.named_parameters()}
+        for name, parameter in theirs.named_parameters():
+            parameter.data.normal_(0.1, 0.3)
+            weights[name].data.copy_(parameter.data)
         states = torch.randn(2, tokens, 32)
         results = []
         for output, own in (

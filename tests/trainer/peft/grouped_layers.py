@@ -39,12 +39,12 @@ class _Grouped(torch.nn.Module):
         ep, state = self._pg_collection.ep, {}
         for index in range(self.num_gemms):
             offset = (len(sharded_offsets), ep.rank() * self.num_gemms + index, ep.size() * self.num_gemms)
-            (one,) = make_sharded_tensors_for_checkpoint(
+            (tensor,) = make_sharded_tensors_for_checkpoint(
                 {"weight": getattr(self, f"weight{index}")}, prefix, {"weight": self.axis}, (*sharded_offsets, offset),
                 tp_group=self._tp_group, dp_cp_group=metadata["dp_cp_group"],
             ).values()  # fmt: skip
-            one.replica_id = (*one.replica_id[:2], self._pg_collection.expt_dp.rank())
-            state[f"{prefix}weight{index}"] = one
+            tensor.replica_id = (*tensor.replica_id[:2], self._pg_collection.expt_dp.rank())
+            state[f"{prefix}weight{index}"] = tensor
         return state
 
 

@@ -38,7 +38,7 @@ _DIVIDED = ("tensor_model_parallel", "partition_dim", "partition_stride")
 _TENSORS = {"lora_A": "linear_in.weight", "lora_B": "linear_out.weight", "lora_magnitude_vector": "weight_magnitude"}
 
 
-def by_peft(folder: Path, *, seed: int, zero_b: bool = True, **told: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+def by_peft(folder: Path, *, seed: int, zero_b: bool = True, **settings: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """A model with PEFT's adapters on all linear layers, and their tensors by the names that Megatron has for them."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -48,13 +48,13 @@ def by_peft(folder: Path, *, seed: int, zero_b: bool = True, **told: Any) -> tup
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers 5 for it
-        model = get_peft_model(model, LoraConfig(r=DIM, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, **told))
+        model = get_peft_model(model, LoraConfig(r=DIM, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, **settings))
     if not zero_b:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-    trained = {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
-    return model, {megatron_name(name): one for name, one in trained.items()}
+    trained = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return model, {megatron_name(name): tensor for name, tensor in trained.items()}
 
 
 def megatron_name(name: str) -> str:
@@ -67,11 +67,14 @@ def megatron_name(name: str) -> str:
 
 def trained_by_torch(model: Any, *, b_rate: float = 1.0, steps: int = STEPS) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of AdamW over the parameters that are trained; `b_rate` is LoRA+'s."""
-    wanted = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = [
-        {"params": [one for name, one in wanted.items() if one.ndim > 1 and "lora_B" not in name], "times": 1.0},
-        {"params": [one for name, one in wanted.items() if "lora_B" in name], "times": b_rate},
-        {"params": [one for one in wanted.values() if one.ndim == 1], "weight_decay": 0.0, "times": 1.0},
+        {
+            "params": [parameter for name, parameter in wanted.items() if parameter.ndim > 1 and "lora_B" not in name],
+            "times": 1.0,
+        },
+        {"params": [parameter for name, parameter in wanted.items() if "lora_B" in name], "times": b_rate},
+        {"params": [parameter for parameter in wanted.values() if parameter.ndim == 1], "weight_decay": 0.0, "times": 1.0},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
     samples = small.FixedTokens(model.config.vocab_size).build(None, 0, (10**6, 0, 0))[0]
@@ -100,12 +103,12 @@ class Watched(small.History):
     def on_start(self, run: Any) -> None:
         from trainer.peft import trainable
 
-        found = dict(trainable(run.chunks))
-        for name, parameter in found.items() if self.begin else ():
+        parameters = dict(trainable(run.chunks))
+        for name, parameter in parameters.items() if self.begin else ():
             parameter.data.copy_(mine(self.begin[name], parameter))
-        assert all(hasattr(parameter, "main_grad") for parameter in found.values())
-        self.frozen = [one for chunk in run.chunks for one in chunk.parameters() if not one.requires_grad]
-        self.states = [len(one.optimizer.state) if one.optimizer else 0 for one in _optimizers(run)]
+        assert all(hasattr(parameter, "main_grad") for parameter in parameters.values())
+        self.frozen = [parameter for chunk in run.chunks for parameter in chunk.parameters() if not parameter.requires_grad]
+        self.states = [len(optimizer.optimizer.state) if optimizer.optimizer else 0 for optimizer in _optimizers(run)]
 
     def on_step(self, run: Any, step: Any) -> None:
         from trainer.peft import trainable
@@ -113,16 +116,16 @@ class Watched(small.History):
         super().on_step(run, step)
         if not self.seen:
             self.seen = {
-                name: (one.main_grad.clone().cpu(), *(getattr(one, what, False) for what in _DIVIDED))
-                for name, one in trainable(run.chunks)
+                name: (parameter.main_grad.clone().cpu(), *(getattr(parameter, what, False) for what in _DIVIDED))
+                for name, parameter in trainable(run.chunks)
             }
-        self.held = sum(len(one.optimizer.state) for one in _optimizers(run) if one.optimizer)
-        assert all(one.grad is None and not hasattr(one, "main_grad") for one in self.frozen)
+        self.held = sum(len(optimizer.optimizer.state) for optimizer in _optimizers(run) if optimizer.optimizer)
+        assert all(parameter.grad is None and not hasattr(parameter, "main_grad") for parameter in self.frozen)
 
     def on_end(self, run: Any) -> None:
         from trainer.peft import trainable
 
-        self.weights = {name: one.detach().clone().cpu() for name, one in trainable(run.chunks)}
+        self.weights = {name: parameter.detach().clone().cpu() for name, parameter in trainable(run.chunks)}
 
 
 def _optimizers(run: Any) -> list[Any]:
@@ -137,7 +140,7 @@ def mine(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
         return whole
     ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     halves = whole.chunk(parameter.partition_stride, dim=parameter.partition_dim)
-    return torch.cat([one.chunk(ranks, parameter.partition_dim)[rank] for one in halves], dim=parameter.partition_dim)
+    return torch.cat([half.chunk(ranks, parameter.partition_dim)[rank] for half in halves], dim=parameter.partition_dim)
 
 
 def whole(parts: list[tuple[torch.Tensor, bool, int, int]]) -> torch.Tensor:
@@ -147,17 +150,17 @@ def whole(parts: list[tuple[torch.Tensor, bool, int, int]]) -> torch.Tensor:
         for other, *_ in parts[1:]:
             torch.testing.assert_close(other, first)
         return first
-    halves = [one.chunk(stride, dim=axis) for one, *_ in parts]
+    halves = [part.chunk(stride, dim=axis) for part, *_ in parts]
     return torch.cat([half[number] for number in range(stride) for half in halves], dim=axis)
 
 
-def run(folder: str, changes: dict[str, Any], kind: str, told: dict[str, Any], begin: Any = None) -> dict[str, Any]:
+def run(folder: str, changes: dict[str, Any], kind: str, settings: dict[str, Any], begin: Any = None) -> dict[str, Any]:
     """Train on this rank; what was seen."""
     from trainer import peft
     from trainer.loop import pretrain
 
     config = small.settings(Path(folder), **changes)
-    config.peft = getattr(peft, kind)(**({"dim": DIM, "alpha": ALPHA} | told))
+    config.peft = getattr(peft, kind)(**({"dim": DIM, "alpha": ALPHA} | settings))
     history = Watched(begin)
     pretrain(config, callbacks=[history])
     return {name: getattr(history, name) for name in ("losses", "grad_norms", "seen", "weights", "held")}

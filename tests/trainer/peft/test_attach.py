@@ -33,7 +33,7 @@ def test_a_pattern_without_a_dot_is_for_the_last_name(pattern, matches):
 
 
 def test_exclusions_win_and_the_name_of_the_whole_stands_for_its_parts():
-    parts = [f"decoder.layers.3.self_attention.linear_{one}" for one in "qkv"]
+    parts = [f"decoder.layers.3.self_attention.linear_{letter}" for letter in "qkv"]
     assert targeted_names(QKV, parts, ["linear_q", "linear_v"], []) == [parts[0], parts[2]]
     assert targeted_names(QKV, parts, ["linear_qkv"], ["linear_k"]) == [parts[0], parts[2]]
     assert targeted_names(QKV, parts, ["linear_q"], ["linear_qkv"]) == []
@@ -41,7 +41,7 @@ def test_exclusions_win_and_the_name_of_the_whole_stands_for_its_parts():
     assert targeted_names(QKV, [QKV], ["*"], ["*.layers.3.*"]) == []
 
 
-def _attach(folder, changes, kind, told):
+def _attach(folder, changes, kind, settings):
     """What attaching says, and the names of what is trained here; or why it cannot be."""
     from trainer import model, parallel, peft
     from trainer.peft.attach import attach
@@ -52,12 +52,12 @@ def _attach(folder, changes, kind, told):
     with parallel.session(config, "cpu"):
         chunks = model.build(config.model)
         try:
-            said = str(attach(chunks, getattr(peft, kind)(**told)))
+            message = str(attach(chunks, getattr(peft, kind)(**settings)))
         except UserError as error:
             return str(error), []
-        frozen = [one for chunk in chunks for name, one in chunk.named_parameters() if ".adapter." not in name]
-        assert not any(one.requires_grad for one in frozen)
-        return said, [name for name, _ in peft.trainable(chunks)]
+        frozen = [parameter for chunk in chunks for name, parameter in chunk.named_parameters() if ".adapter." not in name]
+        assert not any(parameter.requires_grad for parameter in frozen)
+        return message, [name for name, _ in peft.trainable(chunks)]
 
 
 @pytest.mark.parametrize(
@@ -78,32 +78,38 @@ def test_counts_are_of_the_whole_model(world, changes, ranks, model_folder):
     attention, mlp = shape.model.layers[0].self_attn, shape.model.layers[0].mlp
     fused = [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
     fused += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
-    trained = 4 * sum(4 * (one[0].in_features + sum(part.out_features for part in one)) for one in fused)
+    trained = 4 * sum(4 * (layers[0].in_features + sum(part.out_features for part in layers)) for layers in fused)
     changes = {"model__make_vocab_size_divisible_by": 1, **changes}
-    for said, _ in ranks.run(_attach, world, folder, changes, "LoRA", {"dim": 4}):
-        every = trained + sum(one.numel() for one in shape.parameters())
-        assert said == f"LoRA: {trained} of {every} parameters are trained ({100 * trained / every:.2f} %), 16 modules"
+    for message, _ in ranks.run(_attach, world, folder, changes, "LoRA", {"dim": 4}):
+        every = trained + sum(parameter.numel() for parameter in shape.parameters())
+        assert message == f"LoRA: {trained} of {every} parameters are trained ({100 * trained / every:.2f} %), 16 modules"
 
 
 def test_a_large_model_is_told_in_short():
     from trainer.peft.attach import Attached
 
-    said = str(Attached("LoRA", 41_943_040, 8_072_204_288, 128))
-    assert said == "LoRA: 41.9 M of 8.07 B parameters are trained (0.52 %), 128 modules"
+    message = str(Attached("LoRA", 41_943_040, 8_072_204_288, 128))
+    assert message == "LoRA: 41.9 M of 8.07 B parameters are trained (0.52 %), 128 modules"
 
 
 def test_parts_of_a_fused_layer_can_be_trained_alone(ranks, model_folder):
-    told = {"canonical": True, "target_modules": ["*.layers.1.*.linear_q", "linear_fc1_up"], "exclude_modules": ["*.layers.0.*"]}
-    stages = ranks.run(_attach, 2, str(model_folder("gqa")), {"model__pipeline_model_parallel_size": 2}, "DoRA", told)
+    settings = {
+        "canonical": True,
+        "target_modules": ["*.layers.1.*.linear_q", "linear_fc1_up"],
+        "exclude_modules": ["*.layers.0.*"],
+    }
+    stages = ranks.run(_attach, 2, str(model_folder("gqa")), {"model__pipeline_model_parallel_size": 2}, "DoRA", settings)
     names = {
-        name.rpartition(".adapter.")[0] + " " + name.split(".adapter.")[1].split(".")[0] for _, one in stages for name in one
+        name.rpartition(".adapter.")[0] + " " + name.split(".adapter.")[1].split(".")[0]
+        for _, trained in stages
+        for name in trained
     }
     up = {f"decoder.layers.{number}.mlp.linear_fc1 adapter_up" for number in (1, 2, 3)}
     assert names == up | {"decoder.layers.1.self_attention.linear_qkv adapter_q"}
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("settings", "message"),
     [
         (
             {"target_modules": ["linear_qvk"]},
@@ -135,15 +141,15 @@ def test_parts_of_a_fused_layer_can_be_trained_alone(ranks, model_folder):
         ),
     ],
 )
-def test_what_cannot_be_is_said_on_every_rank(told, message, ranks, model_folder):
+def test_what_cannot_be_is_said_on_every_rank(settings, message, ranks, model_folder):
     changes = {"model__pipeline_model_parallel_size": 2}
-    for said, _ in ranks.run(_attach, 2, str(model_folder("gqa")), changes, "LoRA", told):
-        assert said.startswith(message)
+    for output, _ in ranks.run(_attach, 2, str(model_folder("gqa")), changes, "LoRA", settings):
+        assert output.startswith(message)
 
 
 def test_parts_need_whole_groups_of_heads(ranks, model_folder):
     changes = {"model__tensor_model_parallel_size": 4, "model__num_query_groups": 2}
-    for said, _ in ranks.run(_attach, 4, str(model_folder("gqa")), changes, "LoRA", {"canonical": True}):
-        assert said.startswith("`model.num_query_groups` is `2`, which is not divisible by the tensor-parallel size `4`")
-    for said, _ in ranks.run(_attach, 4, str(model_folder("gqa")), changes, "LoRA", {}):
-        assert said.startswith("LoRA: ")
+    for output, _ in ranks.run(_attach, 4, str(model_folder("gqa")), changes, "LoRA", {"canonical": True}):
+        assert output.startswith("`model.num_query_groups` is `2`, which is not divisible by the tensor-parallel size `4`")
+    for output, _ in ranks.run(_attach, 4, str(model_folder("gqa")), changes, "LoRA", {}):
+        assert output.startswith("LoRA: ")

@@ -18,10 +18,10 @@ DISTRIBUTED = {"ddp__use_distributed_optimizer": True}
 PLAN = {"train__train_iters": STEPS, "validation__eval_iters": 1, "validation__eval_interval": 2, "logger__log_interval": 2}
 
 
-def _method(kind, **told):
+def _method(kind, **settings):
     from trainer.peft import DoRA, LoRA
 
-    return {"lora": LoRA, "dora": DoRA}[kind](**{"dim": 4, "alpha": 8, **told})
+    return {"lora": LoRA, "dora": DoRA}[kind](**{"dim": 4, "alpha": 8, **settings})
 
 
 @pytest.fixture
@@ -51,21 +51,21 @@ def test_adapters_resume_bit_for_bit(kind, world, changes, run, tmp_path):
     changes = {**changes, "peft": _method(kind, dropout=0.1, canonical=kind == "lora", lora_plus_ratio=4.0)}
     whole = run(world, changes)
     run(world, {**changes, **_there(tmp_path), "train__exit_interval": STOPPED})
-    for one, other in zip(whole, run(world, {**changes, **_there(tmp_path)}), strict=True):
-        assert other.losses == one.losses[STOPPED:]
-        assert other.grad_norms == one.grad_norms[STOPPED:]
-        assert other.rates == one.rates[STOPPED:]
-        assert witness.differences(one.left, other.left) == []
+    for expected, actual in zip(whole, run(world, {**changes, **_there(tmp_path)}), strict=True):
+        assert actual.losses == expected.losses[STOPPED:]
+        assert actual.grad_norms == expected.grad_norms[STOPPED:]
+        assert actual.rates == expected.rates[STOPPED:]
+        assert witness.differences(expected.left, actual.left) == []
 
 
 @pytest.mark.parametrize(
     ("before", "after"), [((1, {}), (2, TP2)), ((2, {**TP2, **DISTRIBUTED}), (2, {**PP2, **DISTRIBUTED})), ((2, PP2), (2, {}))]
 )
 def test_adapters_go_on_at_another_layout(before, after, run, tmp_path):
-    told = {"peft": _method("dora")}
-    (whole,) = run(1, told)
-    run(before[0], {**told, **before[1], **_there(tmp_path), "train__exit_interval": STOPPED})
-    for resumed in run(after[0], {**told, **after[1], **_there(tmp_path)}):
+    changes = {"peft": _method("dora")}
+    (whole,) = run(1, changes)
+    run(before[0], {**changes, **before[1], **_there(tmp_path), "train__exit_interval": STOPPED})
+    for resumed in run(after[0], {**changes, **after[1], **_there(tmp_path)}):
         assert resumed.losses == pytest.approx(whole.losses[STOPPED:], abs=1e-4)  # fp32 sums in another order
         assert resumed.grad_norms == pytest.approx(whole.grad_norms[STOPPED:], rel=1e-4)
 
@@ -78,11 +78,11 @@ def test_a_checkpoint_holds_adapters_alone_and_names_its_base(run, model_folder,
     run(2, {**TP2, "peft": _method("lora", target_modules=["*.layers.1.*.linear_proj", "linear_fc1"]), **_there(tmp_path)})
     base = model_folder("gqa")
     iteration = tmp_path / f"iter_{STEPS:07d}"
-    told = json.loads((iteration / "adapter.json").read_text())
-    assert told["base"] == {"name": str(base), "fingerprint": fingerprint(str(base))}
+    description = json.loads((iteration / "adapter.json").read_text())
+    assert description["base"] == {"name": str(base), "fingerprint": fingerprint(str(base))}
     reader = TorchDistReader(LocalFolder(iteration))
     modules = {"decoder.layers.1.self_attention.linear_proj", *(f"decoder.layers.{n}.mlp.linear_fc1" for n in range(4))}
-    assert set(reader.specs) == {f"{one}.adapter.linear_{end}.weight" for one in modules for end in ("in", "out")}
+    assert set(reader.specs) == {f"{module}.adapter.linear_{end}.weight" for module in modules for end in ("in", "out")}
     reader.close()
 
 
@@ -103,9 +103,9 @@ def test_a_resumed_run_has_the_tokenizer_that_its_checkpoint_carries(run, model_
     run(1, {"peft": _method("lora"), **_there(tmp_path), "train__exit_interval": 1})
     config = settings(folder, checkpoint__pretrained_checkpoint=None, checkpoint__load=str(tmp_path))
     config.model.hf_source = None
-    found = tokenizer_of_run(config)
-    assert found is not None
-    assert found.encode("some words") == tokenizer_of(str(folder)).encode("some words")
+    tokenizer = tokenizer_of_run(config)
+    assert tokenizer is not None
+    assert tokenizer.encode("some words") == tokenizer_of(str(folder)).encode("some words")
 
 
 def test_a_trained_adapter_says_in_peft_what_it_says_here(run, model_folder, tmp_path):
@@ -158,17 +158,17 @@ def _refusal(run, changes):
 
 
 def test_what_does_not_belong_together_is_refused(run, model_folder, tmp_path):
-    told = {"peft": _method("lora"), **_there(tmp_path)}
-    run(1, {**told, "train__exit_interval": STOPPED})
+    changes = {"peft": _method("lora"), **_there(tmp_path)}
+    run(1, {**changes, "train__exit_interval": STOPPED})
     other = shutil.copytree(model_folder("gqa"), tmp_path / "other")
     _nudge(other / "model.safetensors")
-    assert "is another model" in _refusal(run, {**told, "checkpoint__pretrained_checkpoint": str(other)})
-    assert "holds adapters, and `peft` is `none`" in _refusal(run, {**told, "peft": None})
-    assert "was trained with `alpha` `8`, and `peft` has `4`" in _refusal(run, {**told, "peft": _method("lora", alpha=4)})
-    assert "was trained with `method` `lora`, and `peft` has `dora`" in _refusal(run, {**told, "peft": _method("dora")})
-    fewer = {**told, "peft": _method("lora", target_modules=["linear_qkv"])}
+    assert "is another model" in _refusal(run, {**changes, "checkpoint__pretrained_checkpoint": str(other)})
+    assert "holds adapters, and `peft` is `none`" in _refusal(run, {**changes, "peft": None})
+    assert "was trained with `alpha` `8`, and `peft` has `4`" in _refusal(run, {**changes, "peft": _method("lora", alpha=4)})
+    assert "was trained with `method` `lora`, and `peft` has `dora`" in _refusal(run, {**changes, "peft": _method("dora")})
+    fewer = {**changes, "peft": _method("lora", target_modules=["linear_qkv"])}
     assert "which the model does not have" in _refusal(run, fewer)
-    assert "cannot be resumed from" in _refusal(run, {**told, "peft": _method("lora", lora_plus_ratio=4.0)})
+    assert "cannot be resumed from" in _refusal(run, {**changes, "peft": _method("lora", lora_plus_ratio=4.0)})
     nowhere = {"peft": _method("lora"), "checkpoint__save": str(tmp_path / "new"), "checkpoint__pretrained_checkpoint": None}
     assert "adapters of random weights cannot be saved" in _refusal(run, nowhere)
     named = {"peft": _method("lora"), "checkpoint__pretrained_checkpoint": str(tmp_path)}

@@ -49,7 +49,7 @@ def attached(config: RunConfig) -> tuple[int, int]:
     with parallel.session(config, "cpu"):
         chunks = build(config.model)
         whole = attach(chunks, config.peft).trained
-        return sum(one.numel() for chunk in chunks for one in chunk.parameters() if one.requires_grad), whole
+        return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad), whole
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -58,10 +58,10 @@ def test_adapters_are_as_large_as_those_that_are_attached(ranks: Any, layout: st
     world = 1 if layout == "one" else 2
     config = settings(mixed_precision="fp32", peft=METHODS[method], **LAYOUTS[layout])
     resolved = resolve(config, world_size=world, device="cpu").config
-    found = [held.trained.total for _, held in count_each_rank(resolved.model, resolved.peft)]
-    each = found * (world // len(found))  # ranks of one stage have as much: no method here chooses experts by their numbers
+    counts = [held.trained.total for _, held in count_each_rank(resolved.model, resolved.peft)]
+    each = counts * (world // len(counts))  # ranks of one stage have as much: no method here chooses experts by their numbers
     trained = count_whole(resolved.model, resolved.peft).trained.total
-    assert ranks.run(attached, world, resolved) == [(one, trained) for one in each]
+    assert ranks.run(attached, world, resolved) == [(count, trained) for count in each]
 
 
 def test_ranks_with_other_experts_may_have_more() -> None:
@@ -73,12 +73,12 @@ def test_ranks_with_other_experts_may_have_more() -> None:
 def test_weights_of_a_frozen_model_are_all_there_is_of_them() -> None:
     for sharded, optimizer in ((False, 12), (True, 3)):
         config = settings(peft=LoRA(dim=4), mixed_precision="bf16_mixed", ddp__use_distributed_optimizer=sharded)
-        found = parts(config, world_size=4)
+        sizes = parts(config, world_size=4)
         resolved = resolve(config, world_size=4, device="gpu", machine=HOPPER).config
         ((_, held),) = count_each_rank(resolved.model, resolved.peft)
         trained = held.trained.total
-        assert found["weights"] == 2 * held.frozen.total
-        assert (found["adapters"], found["gradients"], found["optimizer"]) == (2 * trained, 4 * trained, optimizer * trained)
+        assert sizes["weights"] == 2 * held.frozen.total
+        assert (sizes["adapters"], sizes["gradients"], sizes["optimizer"]) == (2 * trained, 4 * trained, optimizer * trained)
 
 
 def parts(config: RunConfig, *, world_size: int = 1, device: str = "gpu") -> dict[str, int]:
@@ -95,19 +95,19 @@ def kept(config: RunConfig) -> int:
 
     seen: dict[int, torch.Tensor] = {}
 
-    def keep(one: torch.Tensor) -> torch.Tensor:
-        seen[one.untyped_storage().data_ptr()] = one
-        return one
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
 
     with parallel.session(config, "cpu"):
         (chunk,) = build(config.model)
         attach([chunk], config.peft)
         tokens = torch.arange(config.dataset.sequence_length)[None] % 97
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = chunk(tokens, torch.arange(tokens.shape[1])[None], None, labels=tokens)
-        own = {one.untyped_storage().data_ptr() for one in chunk.parameters()}
+        own = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
         assert loss.requires_grad
-        return sum(one.untyped_storage().nbytes() for place, one in seen.items() if place not in own)
+        return sum(tensor.untyped_storage().nbytes() for pointer, tensor in seen.items() if pointer not in own)
 
 
 ALL = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -117,19 +117,19 @@ ALL = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 def test_an_adapter_keeps_its_layers_input_and_what_it_makes_of_it(ranks: Any, left_out: str) -> None:
     """Attention's output is another thing: only flash attention keeps it anyway."""
     whole, less = (
-        settings(mixed_precision="fp32", peft=LoRA(dim=4, target_modules=[one for one in ALL if one != left]))
+        settings(mixed_precision="fp32", peft=LoRA(dim=4, target_modules=[name for name in ALL if name != left]))
         for left in (None, left_out)
     )
-    resolved = [resolve(one, world_size=1, device="cpu").config for one in (whole, less)]
-    with_it, without = (ranks.run(kept, 1, one)[0] for one in resolved)
+    resolved = [resolve(config, world_size=1, device="cpu").config for config in (whole, less)]
+    with_it, without = (ranks.run(kept, 1, config)[0] for config in resolved)
     estimated = parts(whole, device="cpu")["activations"] - parts(less, device="cpu")["activations"]
     assert with_it - without == estimated > 0
 
 
 def test_a_magnitude_keeps_the_output_that_it_scales(ranks: Any) -> None:
     methods = [settings(mixed_precision="fp32", peft=made(dim=4)) for made in (DoRA, LoRA)]
-    dora, lora = (ranks.run(kept, 1, resolve(one, world_size=1, device="cpu").config)[0] for one in methods)
-    estimated = [parts(one, device="cpu") for one in methods]
+    dora, lora = (ranks.run(kept, 1, resolve(config, world_size=1, device="cpu").config)[0] for config in methods)
+    estimated = [parts(config, device="cpu") for config in methods]
     rows = estimated[0]["lengths of rows"]
     # Beside the outputs, torch keeps the norms and the factors: one number each per row.
     assert dora - lora == estimated[0]["activations"] - estimated[1]["activations"] + 2 * rows
@@ -148,8 +148,8 @@ def test_a_routers_adapter_keeps_its_input_where_that_is_another_and_what_it_mak
         )
         for routers in (["*.layers.3.*.router"], [])
     )
-    resolved = [resolve(one, world_size=1, device="cpu").config for one in (whole, less)]
-    with_it, without = (ranks.run(kept, 1, one)[0] for one in resolved)
+    resolved = [resolve(config, world_size=1, device="cpu").config for config in (whole, less)]
+    with_it, without = (ranks.run(kept, 1, config)[0] for config in resolved)
     estimated = parts(whole, device="cpu")["activations"] - parts(less, device="cpu")["activations"]
     # The CPU's dropout keeps a mask in fp32, a GPU's in bytes. A and B of 64 inputs and 4 experts are copied to fp64.
     other = 128 * 64 * 3 if dropout else 4 * (64 + 4) * 8 if dtype else 0
@@ -157,12 +157,12 @@ def test_a_routers_adapter_keeps_its_input_where_that_is_another_and_what_it_mak
 
 
 def test_layers_before_the_first_adapter_keep_nothing(ranks: Any) -> None:
-    told = {"mixed_precision": "fp32", "model__vocab_size": 128}
-    upper = settings(peft=LoRA(dim=4, target_modules=["*.layers.2.*.linear_*", "*.layers.3.*.linear_*"]), **told)
-    every = settings(peft=LoRA(dim=4), **told)
+    common = {"mixed_precision": "fp32", "model__vocab_size": 128}
+    upper = settings(peft=LoRA(dim=4, target_modules=["*.layers.2.*.linear_*", "*.layers.3.*.linear_*"]), **common)
+    every = settings(peft=LoRA(dim=4), **common)
     assert parts(upper)["activations"] * 2 == parts(every)["activations"]
     stages = {"model__pipeline_model_parallel_size": 2}
-    gradients = settings(peft=LoRA(dim=4, target_modules=["*.layers.3.*.linear_*"]), **told, **stages)
+    gradients = settings(peft=LoRA(dim=4, target_modules=["*.layers.3.*.linear_*"]), **common, **stages)
     assert parts(gradients, world_size=2)["activations"] > 0
 
 
@@ -176,8 +176,8 @@ def test_fp8_keeps_adapters_inputs_as_they_are_and_frozen_layers_none() -> None:
     every = {name: LoRA(dim=r, target_modules=[name]) for name in ALL}
     added = {"linear_qkv": 3 * 64, "linear_proj": 0, "linear_fc1": 3 * 64, "linear_fc2": 2 * 96}
     for name, method in every.items():
-        found = parts(settings(peft=method, **fp8, **sizes))
-        assert found["activations"] == tokens * layers * (frozen + added[name] + 2 * r), name
+        estimated = parts(settings(peft=method, **fp8, **sizes))
+        assert estimated["activations"] == tokens * layers * (frozen + added[name] + 2 * r), name
 
 
 def test_layers_left_in_bf16_are_not_quantized() -> None:
@@ -198,15 +198,15 @@ def test_of_a_method_of_ones_own_all_is_counted_but_what_it_keeps_of_a_step() ->
     names = ("weights", "adapters", "gradients", "optimizer")
     assert [mine[name] for name in names] == [lora[name] for name in names]
     resolved = resolve(settings(peft=Mine()), world_size=1, device="gpu", machine=HOPPER).config
-    found = {part.name: part for part in memory(resolved, world_size=1).parts}
-    assert "what `Mine` keeps is not counted" in found["activations"].why
+    estimated = {part.name: part for part in memory(resolved, world_size=1).parts}
+    assert "what `Mine` keeps is not counted" in estimated["activations"].why
 
 
 def test_packed_rows_have_a_mask_on_the_cpu_alone() -> None:
     for device, expected in (("cpu", 2 * 64 * 64), ("gpu", None)):
         config = settings(train__micro_batch_size=2, mixed_precision="bf16_mixed" if device == "gpu" else "fp32")
         config.dataset = FinetuningDatasetConfig(sequence_length=64)
-        found = parts(config, device=device)
-        assert found.get("attention mask") == expected
+        sizes = parts(config, device=device)
+        assert sizes.get("attention mask") == expected
         config.dataset.packed = False
         assert "attention mask" not in parts(config, device=device)

@@ -25,7 +25,7 @@ EXPERT_TENSORS = {
 """Tensors of the example's 4 experts by `canonical`."""
 
 
-def train(start, model, kind, told, run=None):
+def train(start, model, kind, settings, run=None):
     """Train the example; `run`: where to `save` or `load`, after how many steps to `stop`, and whether experts are `grouped`."""
     from tests.trainer.peft import grouped_layers
     from trainer import peft, pretrain
@@ -43,10 +43,10 @@ def train(start, model, kind, told, run=None):
     if run.get("grouped"):
         grouped_layers.use()
     if kind:
-        config.peft = getattr(peft, kind)(dim=4, alpha=16, **told)
+        config.peft = getattr(peft, kind)(dim=4, alpha=16, **settings)
     history = Watched()
     pretrain(config, callbacks=[history] if kind else [])
-    return history.losses, history.grad_norms, {name: tuple(one.shape) for name, one in history.weights.items()}
+    return history.losses, history.grad_norms, {name: tuple(weight.shape) for name, weight in history.weights.items()}
 
 
 CASES = [
@@ -60,14 +60,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_experts_are_trained_the_same_wherever_they_lie(case, ranks, start):
     """`alone`: only experts are trained."""
-    kind, told, alone, run = case
-    told = told | ({"exclude_modules": ["*.self_attention.*"]} if alone else {})
-    ((losses, norms, names),) = ranks.run(train, 1, start, {}, kind, told, run)
-    answers = ranks.run(train, 2, start, {"expert_model_parallel_size": 2}, kind, told, run)
-    for found, found_norms, _ in answers:
-        assert found == pytest.approx(losses, abs=1e-4)
-        assert found_norms == pytest.approx(norms, rel=1e-3)
-    assert set().union(*(found for *_, found in answers)) == set(names)
+    kind, settings, alone, run = case
+    settings = settings | ({"exclude_modules": ["*.self_attention.*"]} if alone else {})
+    ((losses, norms, names),) = ranks.run(train, 1, start, {}, kind, settings, run)
+    answers = ranks.run(train, 2, start, {"expert_model_parallel_size": 2}, kind, settings, run)
+    for rank_losses, rank_norms, _ in answers:
+        assert rank_losses == pytest.approx(losses, abs=1e-4)
+        assert rank_norms == pytest.approx(norms, rel=1e-3)
+    assert set().union(*(trained for *_, trained in answers)) == set(names)
     for number in () if run else range(4):
         assert any(f".local_experts.{number}." in name for name in names)
 

@@ -14,14 +14,14 @@ TARGETS = {"target_modules": ["linear_fc1", "linear_fc2", "linear_qkv", "router"
 
 @pytest.mark.parametrize("canonical", [False, True], ids=["fused", "canonical"])
 def test_grouped_experts_go_on_where_single_ones_stopped(canonical, ranks, tmp_path):
-    start, saved, told = str(tmp_path / "start"), str(tmp_path / "adapter"), {"canonical": canonical} | TARGETS
+    start, saved, settings = str(tmp_path / "start"), str(tmp_path / "adapter"), {"canonical": canonical} | TARGETS
     ranks.run(train, 1, None, {}, None, {}, {"save": start})
-    ((losses, norms, _),) = ranks.run(train, 1, start, {}, "LoRA", told)
-    ranks.run(train, 1, start, {}, "LoRA", told, {"save": saved, "stop": 3})
+    ((losses, norms, _),) = ranks.run(train, 1, start, {}, "LoRA", settings)
+    ranks.run(train, 1, start, {}, "LoRA", settings, {"save": saved, "stop": 3})
     grouped = {"moe_grouped_gemm": True}
-    ((found, found_norms, names),) = ranks.run(train, 1, start, grouped, "LoRA", told, {"load": saved})
-    assert found == pytest.approx(losses[3:], abs=2e-3)  # Transformer Engine's kernels, in fp32 without TF32
-    assert found_norms == pytest.approx(norms[3:], rel=2e-2)
+    ((resumed, resumed_norms, names),) = ranks.run(train, 1, start, grouped, "LoRA", settings, {"load": saved})
+    assert resumed == pytest.approx(losses[3:], abs=2e-3)  # Transformer Engine's kernels, in fp32 without TF32
+    assert resumed_norms == pytest.approx(norms[3:], rel=2e-2)
     assert any(".experts.linear_fc1.adapter." in name for name in names)
 
 

@@ -21,31 +21,31 @@ TARGETS = {"target_modules": ["linear_fc1", "linear_fc2", "linear_qkv", "router"
 @pytest.fixture(scope="module", params=[False, True], ids=["fused", "canonical"])
 def sequential(request, ranks, start, tmp_path_factory):
     """Six steps with a layer for each expert, and where they were saved after three, with and without expert parallelism."""
-    folder, told = tmp_path_factory.mktemp("adapter"), {"canonical": request.param} | TARGETS
-    ((losses, norms, _),) = ranks.run(train, 1, start, {}, "LoRA", told)
+    folder, settings = tmp_path_factory.mktemp("adapter"), {"canonical": request.param} | TARGETS
+    ((losses, norms, _),) = ranks.run(train, 1, start, {}, "LoRA", settings)
     for world, model in ((1, {}), (2, EP2)):
-        ranks.run(train, world, start, model, "LoRA", told, {"save": str(folder / str(world)), "stop": 3})
-    return told, folder, losses, norms
+        ranks.run(train, world, start, model, "LoRA", settings, {"save": str(folder / str(world)), "stop": 3})
+    return settings, folder, losses, norms
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_grouped_experts_go_on_where_single_ones_stopped(layout, ranks, start, sequential):
-    (world, model), (told, folder, losses, norms) = LAYOUTS[layout], sequential
+    (world, model), (settings, folder, losses, norms) = LAYOUTS[layout], sequential
     run = {"load": str(folder / str(min(world, 2))), "grouped": True}
-    for found, found_norms, names in ranks.run(train, world, start, model, "LoRA", told, run):
-        assert found == pytest.approx(losses[3:], abs=1e-4)
-        assert found_norms == pytest.approx(norms[3:], rel=1e-3)
+    for resumed, resumed_norms, names in ranks.run(train, world, start, model, "LoRA", settings, run):
+        assert resumed == pytest.approx(losses[3:], abs=1e-4)
+        assert resumed_norms == pytest.approx(norms[3:], rel=1e-3)
         assert any(".experts.linear_fc1.adapter." in name for name in names)
         assert not any(".local_experts." in name for name in names)
 
 
 def test_single_experts_go_on_where_grouped_ones_stopped(ranks, start, tmp_path, sequential):
-    told, folder = sequential[0], str(tmp_path)
-    losses, norms, _ = ranks.run(train, 2, start, EP2, "LoRA", told, {"grouped": True})[0]
-    ranks.run(train, 2, start, EP2, "LoRA", told, {"save": folder, "stop": 3, "grouped": True})
-    for found, found_norms, _ in ranks.run(train, 2, start, EP2, "LoRA", told, {"load": folder}):
-        assert found == pytest.approx(losses[3:], abs=1e-4)
-        assert found_norms == pytest.approx(norms[3:], rel=1e-3)
+    settings, folder = sequential[0], str(tmp_path)
+    losses, norms, _ = ranks.run(train, 2, start, EP2, "LoRA", settings, {"grouped": True})[0]
+    ranks.run(train, 2, start, EP2, "LoRA", settings, {"save": folder, "stop": 3, "grouped": True})
+    for resumed, resumed_norms, _ in ranks.run(train, 2, start, EP2, "LoRA", settings, {"load": folder}):
+        assert resumed == pytest.approx(losses[3:], abs=1e-4)
+        assert resumed_norms == pytest.approx(norms[3:], rel=1e-3)
 
 
 def test_the_keys_of_experts_are_megatrons(sequential):
@@ -53,10 +53,10 @@ def test_the_keys_of_experts_are_megatrons(sequential):
 
     from trainer import tensor_properties
 
-    (told, folder, *_) = sequential
+    (settings, folder, *_) = sequential
     with tensor_properties.without_strides():
-        stored = {name: one.global_shape for name, one in load_tensors_metadata(str(folder / "2" / "iter_0000003")).items()}
-    for name, shape in EXPERT_TENSORS[told["canonical"]].items():
+        stored = {name: tensor.global_shape for name, tensor in load_tensors_metadata(str(folder / "2" / "iter_0000003")).items()}
+    for name, shape in EXPERT_TENSORS[settings["canonical"]].items():
         assert stored[f"decoder.layers.1.mlp.experts.experts.{name}"] == shape
     assert stored["decoder.layers.1.mlp.router.adapter.linear_out.weight"] == (4, 4)
 
@@ -106,20 +106,22 @@ def _divided(folder, row, canonical):
             getattr(layer, f"weight{number}").data.copy_(_mine(weight, 1 if row else 0, 1 if row else 2, rank))
         layer.requires_grad_(requires_grad=False)
         peft.LoRA(dim=4, alpha=8, canonical=canonical).transform(layer, f"layers.0.mlp.experts.linear_fc{2 if row else 1}")
-        trained = {name.removesuffix(".weight"): one for name, one in layer.adapter.named_parameters()}
+        trained = {name.removesuffix(".weight"): parameter for name, parameter in layer.adapter.named_parameters()}
         assert trained.keys() == named.keys()
-        for name, one in trained.items():
-            cut = one.tensor_model_parallel
-            one.data.copy_(_mine(named[name], one.partition_dim, one.partition_stride, rank) if cut else named[name])
+        for name, parameter in trained.items():
+            cut = parameter.tensor_model_parallel
+            parameter.data.copy_(
+                _mine(named[name], parameter.partition_dim, parameter.partition_stride, rank) if cut else named[name]
+            )
         tokens = _values(sum(TOKENS), INPUTS, seed=30)
         tokens = (tokens.chunk(2, 1)[rank].contiguous() if row else tokens).requires_grad_()
         output, _ = layer(tokens, TOKENS)
         upstream = _values(sum(TOKENS), OUTPUTS, seed=40)
         output.backward(upstream if row else _mine(upstream, 1, 2, rank))
-        gradients = {name: (one.grad, one.tensor_model_parallel, one.partition_dim, one.partition_stride)
-                     for name, one in trained.items()}  # fmt: skip
-        shards = [(one.name, one.region, one.data.clone(), one.global_shape)
-                  for one in _of_state(layer.adapter.sharded_state_dict("mlp.experts.experts."))]  # fmt: skip
+        gradients = {name: (parameter.grad, parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride)
+                     for name, parameter in trained.items()}  # fmt: skip
+        shards = [(shard.name, shard.region, shard.data.clone(), shard.global_shape)
+                  for shard in _of_state(layer.adapter.sharded_state_dict("mlp.experts.experts."))]  # fmt: skip
         return output.detach(), tokens.grad, gradients, shards
 
 
@@ -127,7 +129,7 @@ def _divided(folder, row, canonical):
 @pytest.mark.parametrize("row", [False, True], ids=["fc1", "fc2"])
 def test_divided_experts_are_those_of_torch_merged(row, canonical, ranks, model_folder):
     """The dispatcher sums what divided experts answer, and the gradients of what they are given."""
-    one, other = ranks.run(_divided, 2, str(model_folder("gqa")), row, canonical)
+    first, second = ranks.run(_divided, 2, str(model_folder("gqa")), row, canonical)
     weights, named = _whole(row, canonical)
     named = {name: torch.nn.Parameter(tensor) for name, tensor in named.items()}
     pairs = [(named[name], named[name.replace("_in", "_out")]) for name in named if name.endswith("linear_in")]
@@ -136,26 +138,26 @@ def test_divided_experts_are_those_of_torch_merged(row, canonical, ranks, model_
     expected = torch.cat([part @ weight.t() for part, weight in zip(tokens.split(TOKENS), merged, strict=True)])
     expected.backward(_values(sum(TOKENS), OUTPUTS, seed=40))
     if row:
-        output, for_input = one[0] + other[0], torch.cat((one[1], other[1]), 1)
+        output, for_input = first[0] + second[0], torch.cat((first[1], second[1]), 1)
     else:
-        halves = [torch.cat(pair, 1) for pair in zip(one[0].chunk(2, 1), other[0].chunk(2, 1), strict=True)]
-        output, for_input = torch.cat(halves, 1), one[1] + other[1]
+        halves = [torch.cat(pair, 1) for pair in zip(first[0].chunk(2, 1), second[0].chunk(2, 1), strict=True)]
+        output, for_input = torch.cat(halves, 1), first[1] + second[1]
     torch.testing.assert_close(output, expected.detach(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(for_input, tokens.grad, rtol=1e-4, atol=1e-4)
     for name, parameter in named.items():
-        torch.testing.assert_close(whole([one[2][name], other[2][name]]), parameter.grad, rtol=1e-4, atol=1e-4)
-    for name, region, data, shape in (*one[3], *other[3]):
+        torch.testing.assert_close(whole([first[2][name], second[2][name]]), parameter.grad, rtol=1e-4, atol=1e-4)
+    for name, region, data, shape in (*first[3], *second[3]):
         expert, _, tensor = name.removeprefix("mlp.experts.").removesuffix(".weight").partition(".")
         assert shape == tuple(named[tensor].shape[1:])
         assert data.equal(named[tensor][int(expert)][region].detach())
-    assert len({name for name, *_ in one[3]}) == 3 * len(named)
+    assert len({name for name, *_ in first[3]}) == 3 * len(named)
 
 
 @pytest.mark.parametrize(("target", "what"), [("linear_fc1", "computes several experts at once"), ("router", "is a router")])
 def test_dora_of_what_peft_has_lora_alone_for_is_refused(target, what, ranks, start):
-    told = {"target_modules": [f"*.mlp.*{target}"]}
+    settings = {"target_modules": [f"*.mlp.*{target}"]}
     with pytest.raises(UserError, match=f"layers.0.mlp.*{target}` {what}, to which no DoRA can be added"):
-        ranks.run(train, 1, start, {}, "DoRA", told, {"grouped": True})
+        ranks.run(train, 1, start, {}, "DoRA", settings, {"grouped": True})
 
 
 def _both_products(folder, device):

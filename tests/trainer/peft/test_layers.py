@@ -18,7 +18,7 @@ def _values(shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
 
 
-def _layer(told, *, row, sequence_parallel, expert=False):
+def _layer(method, *, row, sequence_parallel, expert=False):
     """A layer of megatron-core's, with a bias that it adds, and its adapter."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer import TransformerConfig
@@ -45,9 +45,9 @@ def _layer(told, *, row, sequence_parallel, expert=False):
         layer.bias.data.copy_(mine(_values((OUTPUTS,), 2), layer.bias))
     layer.requires_grad_(requires_grad=False)
     inside = "mlp.experts.local_experts.0" if expert else "mlp"
-    layer = told.transform(layer, f"decoder.layers.0.{inside}.linear_{'fc2' if row else 'x'}")
+    layer = method.transform(layer, f"decoder.layers.0.{inside}.linear_{'fc2' if row else 'x'}")
     layer.adapter.reset_parameters(torch.Generator().manual_seed(3))
-    layer.adapter.linear_out.weight.data.copy_(mine(_values((OUTPUTS, told.dim), 4), layer.adapter.linear_out.weight))
+    layer.adapter.linear_out.weight.data.copy_(mine(_values((OUTPUTS, method.dim), 4), layer.adapter.linear_out.weight))
     return layer
 
 
@@ -62,12 +62,12 @@ def _through(folder, kind, row, sequence_parallel, expert=False):
     with parallel.session(config, "cpu"):
         layer = _layer(getattr(peft, kind)(dim=4, alpha=8), row=row, sequence_parallel=sequence_parallel, expert=expert)
         rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
-        here, weights = _values((SEQUENCE, BATCH, INPUTS), 5), _values((SEQUENCE, BATCH, OUTPUTS), 6)
-        cut = lambda one, dim: one.chunk(2, dim)[rank].contiguous()  # noqa: E731
-        here = cut(here, 2) if row else cut(here, 0) if sequence_parallel else here
+        inputs, weights = _values((SEQUENCE, BATCH, INPUTS), 5), _values((SEQUENCE, BATCH, OUTPUTS), 6)
+        cut = lambda tensor, dim: tensor.chunk(2, dim)[rank].contiguous()  # noqa: E731
+        inputs = cut(inputs, 2) if row else cut(inputs, 0) if sequence_parallel else inputs
         weights = cut(weights, 0) if row and sequence_parallel else weights if row else cut(weights, 2)
-        here.requires_grad_()
-        output, _ = layer(here)
+        inputs.requires_grad_()
+        output, _ = layer(inputs)
         output.backward(weights)
         gradients = {}
         for name, parameter in layer.named_parameters():
@@ -77,7 +77,7 @@ def _through(folder, kind, row, sequence_parallel, expert=False):
                     gradient = mappings._reduce(gradient.clone(), group)
                 gradients[name] = (gradient.numpy(), parameter.partition_dim if parameter.tensor_model_parallel else None)
         assert layer.weight.grad is None
-        return output.detach().numpy(), here.grad.numpy(), gradients
+        return output.detach().numpy(), inputs.grad.numpy(), gradients
 
 
 def _by_torch(kind, *, row, biased):
@@ -86,29 +86,33 @@ def _by_torch(kind, *, row, biased):
     torch.nn.init.kaiming_uniform_(a, a=5**0.5, generator=torch.Generator().manual_seed(3))
     a = torch.nn.Parameter(a)
     bias = _values((OUTPUTS,), 2) if biased else None
-    here = _values((SEQUENCE, BATCH, INPUTS), 5).requires_grad_()
+    inputs = _values((SEQUENCE, BATCH, INPUTS), 5).requires_grad_()
     magnitude = torch.nn.Parameter(weight.norm(dim=1))
     merged = weight + SCALE * b @ a
     if kind == "DoRA":
         merged = (magnitude / merged.norm(dim=1).detach())[:, None] * merged
-    output = torch.nn.functional.linear(here, merged, bias)
+    output = torch.nn.functional.linear(inputs, merged, bias)
     output.backward(_values((SEQUENCE, BATCH, OUTPUTS), 6))
-    found = {"adapter.linear_in.weight": a.grad, "adapter.linear_out.weight": b.grad, "adapter.weight_magnitude": magnitude.grad}
-    return output.detach(), here.grad, {name: one for name, one in found.items() if one is not None}
+    gradients = {
+        "adapter.linear_in.weight": a.grad,
+        "adapter.linear_out.weight": b.grad,
+        "adapter.weight_magnitude": magnitude.grad,
+    }
+    return output.detach(), inputs.grad, {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 
 @pytest.mark.parametrize("row", [False, True], ids=["column", "row"])
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
 def test_a_divided_expert_is_that_of_torch_merged(kind, row, ranks, model_folder):
     """megatron-core's token dispatcher sums what a divided expert answers, and the gradients of what it is given."""
-    one, other = ranks.run(_through, 2, str(model_folder("gqa")), kind, row, False, True)
-    output, for_input, gradients = (torch.from_numpy(part) if number < 2 else part for number, part in enumerate(one))
-    others, more = (torch.from_numpy(part) for part in other[:2])
+    first, second = ranks.run(_through, 2, str(model_folder("gqa")), kind, row, False, True)
+    output, for_input, gradients = (torch.from_numpy(part) if number < 2 else part for number, part in enumerate(first))
+    others, more = (torch.from_numpy(part) for part in second[:2])
     parts = [
         (output + others if row else torch.cat((output, others), 2)),
         torch.cat((for_input, more), 2) if row else for_input + more,
     ]
-    _check(parts, [gradients, other[2]], *_by_torch(kind, row=row, biased=False))
+    _check(parts, [gradients, second[2]], *_by_torch(kind, row=row, biased=False))
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
@@ -118,8 +122,8 @@ def test_a_divided_layer_is_that_of_torch_merged(kind, row, sequence_parallel, r
     parts = ranks.run(_through, 2, str(model_folder("gqa")), kind, row, sequence_parallel)
 
     def joined(number, axis):
-        found = [torch.from_numpy(part[number]) for part in parts]
-        return found[0] if axis is None else torch.cat(found, dim=axis)
+        tensors = [torch.from_numpy(part[number]) for part in parts]
+        return tensors[0] if axis is None else torch.cat(tensors, dim=axis)
 
     axes = (0 if sequence_parallel else None) if row else 2, 2 if row else 0 if sequence_parallel else None
     _check(
@@ -129,16 +133,16 @@ def test_a_divided_layer_is_that_of_torch_merged(kind, row, sequence_parallel, r
     )
 
 
-def _check(found, gradients, *wanted):
+def _check(actual, gradients, *expected):
     """Output and gradient of the input, and the gradients of parameters by rank, against the whole ones."""
-    output, for_input, each = wanted
+    output, for_input, each = expected
     close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(found[0], output, **close)
-    torch.testing.assert_close(found[1], for_input, **close)
+    torch.testing.assert_close(actual[0], output, **close)
+    torch.testing.assert_close(actual[1], for_input, **close)
     assert gradients[0].keys() == each.keys()
     for name, gradient in each.items():
         axis = gradients[0][name][1]
-        parts = [torch.from_numpy(one[name][0]) for one in gradients]
+        parts = [torch.from_numpy(rank[name][0]) for rank in gradients]
         for part in parts if axis is None else [torch.cat(parts, dim=axis)]:
             torch.testing.assert_close(part, gradient, **close)
 
@@ -158,9 +162,9 @@ def _dropped(folder, row, sequence_parallel):
 
 @pytest.mark.parametrize(("row", "sequence_parallel"), [(False, False), (True, False), (False, True), (True, True)])
 def test_ranks_drop_the_same_of_the_same_and_each_its_own_of_parts(row, sequence_parallel, ranks, model_folder):
-    (one, kept), (other, _) = ranks.run(_dropped, 2, str(model_folder("gqa")), row, sequence_parallel)
-    assert set(one.flatten()) == {0.0, 2.0}
-    assert (one == other).all() == (not row and not sequence_parallel)
+    (first, kept), (second, _) = ranks.run(_dropped, 2, str(model_folder("gqa")), row, sequence_parallel)
+    assert set(first.flatten()) == {0.0, 2.0}
+    assert (first == second).all() == (not row and not sequence_parallel)
     assert (kept == 1).all()
 
 
@@ -188,14 +192,14 @@ def _fused_norm(folder, returns_bias):
     with parallel.session(small.settings(Path(folder)), "cpu"):
         torch.manual_seed(1)
         layer = TELayerNormColumnParallelLinear(INPUTS, OUTPUTS, returns_bias=returns_bias)
-        here = _values((SEQUENCE, BATCH, INPUTS), 5)
-        before, bias = layer(here)
+        inputs = _values((SEQUENCE, BATCH, INPUTS), 5)
+        before, bias = layer(inputs)
         layer = peft.LoRA(dim=4, alpha=8).transform(layer, "decoder.layers.0.mlp.linear_x")
         layer.adapter.linear_in.weight.data.normal_()
         layer.adapter.linear_out.weight.data.normal_()
-        after, same = layer(here)
+        after, same = layer(inputs)
         assert same is bias
-        normed = torch.nn.functional.rms_norm(here, here.shape[-1:])
+        normed = torch.nn.functional.rms_norm(inputs, inputs.shape[-1:])
         a, b = layer.adapter.matrices()
         torch.testing.assert_close(after, before + SCALE * normed @ a.T @ b.T, rtol=1e-5, atol=1e-5)
 

@@ -25,12 +25,12 @@ def begin(ranks, model_folder):
 
     def make(way):
         if way not in known:
-            kind, told = WAYS[way]
-            (found,) = ranks.run(run, 1, str(model_folder("gqa")), ONE_STEP, kind, told)
+            kind, settings = WAYS[way]
+            (result,) = ranks.run(run, 1, str(model_folder("gqa")), ONE_STEP, kind, settings)
             made = torch.Generator().manual_seed(5)
             known[way] = {
-                name: one if "magnitude" in name else torch.randn(one.shape, generator=made) * 0.05
-                for name, one in found["weights"].items()
+                name: weight if "magnitude" in name else torch.randn(weight.shape, generator=made) * 0.05
+                for name, weight in result["weights"].items()
             }
         return known[way]
 
@@ -39,26 +39,26 @@ def begin(ranks, model_folder):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_each_gradient_at_tp2_is_that_of_one_rank(way, ranks, model_folder, begin):
-    kind, told = WAYS[way]
+    kind, settings = WAYS[way]
     folder, changes = str(model_folder("gqa")), ONE_STEP | UNCLIPPED
-    (alone,) = ranks.run(run, 1, folder, changes, kind, told, begin(way))
-    spread = ranks.run(run, 2, folder, changes | LAYOUTS["tp2"][1], kind, told, begin(way))
+    (alone,) = ranks.run(run, 1, folder, changes, kind, settings, begin(way))
+    spread = ranks.run(run, 2, folder, changes | LAYOUTS["tp2"][1], kind, settings, begin(way))
     assert alone["seen"].keys() == begin(way).keys() == spread[0]["seen"].keys()
     for name, (gradient, *_) in alone["seen"].items():
         assert gradient.abs().max() > 1e-6, name
-        torch.testing.assert_close(whole([one["seen"][name] for one in spread]), gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(whole([rank["seen"][name] for rank in spread]), gradient, rtol=1e-4, atol=1e-6)
     assert spread[0]["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-5)
 
 
 @pytest.mark.parametrize("way", ["lora", "dora"])
 def test_recomputed_activations_train_the_same(way, ranks, model_folder):
     """The embedding is frozen, and megatron-core's recomputation asks whether its input needs gradients."""
-    kind, told = WAYS[way]
+    kind, settings = WAYS[way]
     folder = str(model_folder("gqa"))
-    (plain,) = ranks.run(run, 1, folder, STEPS, kind, told)
+    (plain,) = ranks.run(run, 1, folder, STEPS, kind, settings)
     for changes in (FULL, {"model__recompute_granularity": "selective"}):
-        (found,) = ranks.run(run, 1, folder, STEPS | changes, kind, told)
-        assert (found["losses"], found["grad_norms"]) == (plain["losses"], plain["grad_norms"])
+        (recomputed,) = ranks.run(run, 1, folder, STEPS | changes, kind, settings)
+        assert (recomputed["losses"], recomputed["grad_norms"]) == (plain["losses"], plain["grad_norms"])
 
 
 @pytest.mark.parametrize(
@@ -68,27 +68,27 @@ def test_recomputed_activations_train_the_same(way, ranks, model_folder):
 )
 @pytest.mark.parametrize("layer", [0, 3])
 def test_a_pipeline_stage_may_train_nothing(changes, layer, ranks, model_folder):
-    folder, told = str(model_folder("tied")), {"target_modules": [f"*.layers.{layer}.*.linear_qkv"]}
-    (alone,) = ranks.run(run, 1, folder, STEPS | changes, "LoRA", told)
-    stages = ranks.run(run, 2, folder, STEPS | changes | LAYOUTS["pp2"][1], "LoRA", told)
-    assert [len(one["weights"]) for one in stages] == ([2, 0] if layer == 0 else [0, 2])
-    for found in stages:
-        assert found["losses"] == pytest.approx(alone["losses"], abs=1e-4)
-        assert found["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-3)
+    folder, settings = str(model_folder("tied")), {"target_modules": [f"*.layers.{layer}.*.linear_qkv"]}
+    (alone,) = ranks.run(run, 1, folder, STEPS | changes, "LoRA", settings)
+    stages = ranks.run(run, 2, folder, STEPS | changes | LAYOUTS["pp2"][1], "LoRA", settings)
+    assert [len(stage["weights"]) for stage in stages] == ([2, 0] if layer == 0 else [0, 2])
+    for stage in stages:
+        assert stage["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+        assert stage["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-3)
 
 
 def test_a_virtual_pipeline_trains_the_same(ranks, model_folder):
     folder = str(model_folder("gqa"))
     (alone,) = ranks.run(run, 1, folder, STEPS, "LoRA", ONE_LAYER)
     virtual = LAYOUTS["pp2"][1] | {"model__virtual_pipeline_model_parallel_size": 2}
-    for found in ranks.run(run, 2, folder, STEPS | virtual, "LoRA", ONE_LAYER):
-        assert found["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    for stage in ranks.run(run, 2, folder, STEPS | virtual, "LoRA", ONE_LAYER):
+        assert stage["losses"] == pytest.approx(alone["losses"], abs=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixed_precision": "bf16_mixed"}], ids=["fp32", "bf16"])
 def test_frozen_parameters_have_no_state(changes, ranks, model_folder):
-    (found,) = ranks.run(run, 1, str(model_folder("gqa")), STEPS | changes, "LoRA", {})
-    assert found["held"] == len(found["weights"]) == 4 * 4 * 2  # layers, linear layers, A and B
+    (result,) = ranks.run(run, 1, str(model_folder("gqa")), STEPS | changes, "LoRA", {})
+    assert result["held"] == len(result["weights"]) == 4 * 4 * 2  # layers, linear layers, A and B
 
 
 OVERLAPPED = {"ddp__use_distributed_optimizer": True, "ddp__overlap_grad_reduce": True, "ddp__overlap_param_gather": True}
@@ -97,9 +97,9 @@ OVERLAPPED = {"ddp__use_distributed_optimizer": True, "ddp__overlap_grad_reduce"
 @pytest.mark.parametrize("way", ["dora", "canonical_dora"])
 def test_data_parallel_ranks_train_as_one(way, ranks, model_folder):
     """Also where a parameter is gathered behind the scenes until the module that holds it is called."""
-    folder, (kind, told) = str(model_folder("gqa")), WAYS[way]
-    (alone,) = ranks.run(run, 1, folder, STEPS, kind, told)
+    folder, (kind, settings) = str(model_folder("gqa")), WAYS[way]
+    (alone,) = ranks.run(run, 1, folder, STEPS, kind, settings)
     for changes in ({}, {"ddp__use_distributed_optimizer": True}, OVERLAPPED):
-        for found in ranks.run(run, 2, folder, STEPS | changes, kind, told):
-            assert found["losses"] == pytest.approx(alone["losses"], abs=1e-4)
-            assert found["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-4)
+        for rank in ranks.run(run, 2, folder, STEPS | changes, kind, settings):
+            assert rank["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+            assert rank["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-4)

@@ -43,11 +43,11 @@ def reference(model_folder):
 )
 def test_the_curve_is_that_of_peft(layout, case, *, zero_b, ranks, model_folder, reference):
     world, changes = LAYOUTS[layout]
-    kind, told, _ = CASES[case]
+    kind, settings, _ = CASES[case]
     begin, losses, norms = reference("gqa", case, zero_b=zero_b)
-    for found in ranks.run(run, world, str(model_folder("gqa")), changes, kind, told | {"canonical": True}, begin):
-        assert found["losses"] == pytest.approx(losses, abs=CLOSE)
-        assert found["grad_norms"] == pytest.approx(norms, rel=CLOSE, abs=CLOSE)
+    for result in ranks.run(run, world, str(model_folder("gqa")), changes, kind, settings | {"canonical": True}, begin):
+        assert result["losses"] == pytest.approx(losses, abs=CLOSE)
+        assert result["grad_norms"] == pytest.approx(norms, rel=CLOSE, abs=CLOSE)
     assert losses[-1] < losses[0] - 0.05
 
 
@@ -56,18 +56,18 @@ def test_dora_leaves_biases_alone_as_peft_does(layout, ranks, model_folder, refe
     world, changes = LAYOUTS[layout]
     begin, losses, norms = reference("both_biases", "dora", zero_b=False)
     folder = str(model_folder("both_biases"))
-    for found in ranks.run(run, world, folder, changes, "DoRA", {"canonical": True}, begin):
-        assert found["losses"] == pytest.approx(losses, abs=CLOSE)
-        assert found["grad_norms"] == pytest.approx(norms, rel=CLOSE, abs=CLOSE)
+    for result in ranks.run(run, world, folder, changes, "DoRA", {"canonical": True}, begin):
+        assert result["losses"] == pytest.approx(losses, abs=CLOSE)
+        assert result["grad_norms"] == pytest.approx(norms, rel=CLOSE, abs=CLOSE)
 
 
 def test_lora_plus_is_adamw_with_two_learning_rates(ranks, model_folder):
     model, begin = by_peft(model_folder("gqa"), seed=7)
     losses, norms = trained_by_torch(model, b_rate=4.0)
-    told = {"canonical": True, "lora_plus_ratio": 4.0}
-    (found,) = ranks.run(run, 1, str(model_folder("gqa")), {}, "LoRA", told, begin)
-    assert found["losses"] == pytest.approx(losses, abs=CLOSE)
-    assert found["grad_norms"] == pytest.approx(norms, rel=CLOSE)
+    settings = {"canonical": True, "lora_plus_ratio": 4.0}
+    (result,) = ranks.run(run, 1, str(model_folder("gqa")), {}, "LoRA", settings, begin)
+    assert result["losses"] == pytest.approx(losses, abs=CLOSE)
+    assert result["grad_norms"] == pytest.approx(norms, rel=CLOSE)
 
 
 class _SharedA(torch.nn.Module):
@@ -111,22 +111,22 @@ def test_one_a_for_a_fused_layer_is_that_of_torch(layout, ranks, model_folder):
     folder = str(model_folder("gqa"))
     (first,) = ranks.run(run, 1, folder, ONE_STEP, "LoRA", {})
     made = torch.Generator().manual_seed(3)
-    begin = {name: torch.randn(one.shape, generator=made) * 0.05 for name, one in first["weights"].items()}
+    begin = {name: torch.randn(weight.shape, generator=made) * 0.05 for name, weight in first["weights"].items()}
     losses, norms = trained_by_torch(_by_torch(folder, begin))
     world, changes = LAYOUTS[layout]
-    for found in ranks.run(run, world, folder, changes, "LoRA", {}, begin):
-        assert found["losses"] == pytest.approx(losses, abs=CLOSE)
-        assert found["grad_norms"] == pytest.approx(norms, rel=CLOSE, abs=CLOSE)
+    for result in ranks.run(run, world, folder, changes, "LoRA", {}, begin):
+        assert result["losses"] == pytest.approx(losses, abs=CLOSE)
+        assert result["grad_norms"] == pytest.approx(norms, rel=CLOSE, abs=CLOSE)
 
 
 def test_the_first_values_are_those_of_peft(ranks, model_folder):
     """Uniform in ±1/√inputs, and zero."""
-    (found,) = ranks.run(run, 1, str(model_folder("gqa")), ONE_STEP, "LoRA", {})  # lr 0 in its one step
+    (result,) = ranks.run(run, 1, str(model_folder("gqa")), ONE_STEP, "LoRA", {})  # lr 0 in its one step
     _, begin = by_peft(model_folder("gqa"), seed=7)
-    for name, one in found["weights"].items():
+    for name, weight in result["weights"].items():
         if name.endswith("linear_in.weight"):
-            limit = 1 / math.sqrt(one.shape[1])
-            assert 0.9 * limit < one.abs().max() <= limit
+            limit = 1 / math.sqrt(weight.shape[1])
+            assert 0.9 * limit < weight.abs().max() <= limit
     theirs = begin["decoder.layers.0.mlp.linear_fc2.adapter.linear_in.weight"]
     assert theirs.abs().max() <= 1 / math.sqrt(theirs.shape[1])
-    assert all(one.count_nonzero() == 0 for name, one in found["weights"].items() if "linear_out" in name)
+    assert all(weight.count_nonzero() == 0 for name, weight in result["weights"].items() if "linear_out" in name)

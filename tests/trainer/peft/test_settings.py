@@ -20,8 +20,8 @@ def _after(*texts):
 
 
 def test_a_name_chooses_and_settings_follow():
-    found = _after("peft=lora", "peft.dim=16", "peft.target_modules=[linear_qkv]", "peft.canonical=true").peft
-    assert found == LoRA(dim=16, target_modules=["linear_qkv"], canonical=True)
+    method = _after("peft=lora", "peft.dim=16", "peft.target_modules=[linear_qkv]", "peft.canonical=true").peft
+    assert method == LoRA(dim=16, target_modules=["linear_qkv"], canonical=True)
     assert _after("peft=lora", "peft.dim=16", "peft=dora").peft == DoRA()
     assert _after("peft=lora", "peft.dim=16", "peft=lora").peft == LoRA(dim=16)
     assert type(_after("peft={name:dora,dim:4}").peft) is DoRA
@@ -36,10 +36,10 @@ def test_a_name_chooses_and_settings_follow():
 
 @pytest.mark.parametrize("before", [(), ("peft=lora", "peft.alpha=7"), ("peft=dora",)])
 @pytest.mark.parametrize(
-    "told", [(), ("peft=lora", "peft.dim=16", "peft.lora_plus_ratio=4"), ("peft=dora", "peft.a_init=xavier")]
+    "overrides", [(), ("peft=lora", "peft.dim=16", "peft.lora_plus_ratio=4"), ("peft=dora", "peft.a_init=xavier")]
 )
-def test_a_dump_gives_an_equal_run(told, before):
-    config = _after(*told)
+def test_a_dump_gives_an_equal_run(overrides, before):
+    config = _after(*overrides)
     other = _after(*before)
     assert yaml_io.apply(other, yaml_io.load(yaml_io.dump(config))) == []
     assert other.peft == config.peft

@@ -24,16 +24,16 @@ class _Asked(Watched):
             self.answers = [next_logits(run.chunks, tokens, cache) for tokens in (PROMPT, [7])]
 
 
-def _answers(folder, changes, told, begin):
+def _answers(folder, changes, method, begin):
     from trainer import peft
     from trainer.loop import pretrain
 
     config = small.settings(Path(folder), **(ONE_STEP | changes))
-    kind, more = told
+    kind, more = method
     config.peft = getattr(peft, kind)(dim=DIM, alpha=ALPHA, canonical=True, **more)
     history = _Asked(begin)
     pretrain(config, callbacks=[history])
-    return [None if one is None else one.numpy() for one in history.answers], history.evaluations
+    return [None if logits is None else logits.numpy() for logits in history.answers], history.evaluations
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -53,7 +53,7 @@ def test_what_follows_is_what_peft_merged_says(kind, layout, ranks, model_folder
 def test_an_evaluation_drops_nothing(ranks, model_folder):
     _, begin = by_peft(model_folder("gqa"), seed=7, zero_b=False)
     changes = {"validation__eval_iters": 2}
-    told = [("LoRA", {"dropout": dropout}) for dropout in (0.0, 0.5)]
-    one, other = (ranks.run(_answers, 1, str(model_folder("gqa")), changes, way, begin)[0][1] for way in told)
-    assert one == other
-    assert [split for split, _ in one] == ["validation", "test"]
+    methods = [("LoRA", {"dropout": dropout}) for dropout in (0.0, 0.5)]
+    first, second = (ranks.run(_answers, 1, str(model_folder("gqa")), changes, method, begin)[0][1] for method in methods)
+    assert first == second
+    assert [split for split, _ in first] == ["validation", "test"]
