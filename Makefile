@@ -13,7 +13,7 @@ WORKERS := -n 2 --dist loadfile
 
 NEWEST := $(VENV)-newest
 
-# uv takes a quarter of pip's time. pip is asked where uv finds no packages: it has its own settings for mirrors.
+# uv takes a quarter of pip's time. It does not read pip's settings of mirrors, so where it fails pip is tried.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 comma := ,
 install = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '$(1)' || $(PIP) --editable '$(1)'

@@ -14,8 +14,8 @@ ROWS_OF_A_TABLE = {"_rows"}
 """Generators of rules, which are called alike."""
 
 
-def spendthrifts(source: str) -> Iterator[str]:
-    """The functions that take a whole run for fewer sections."""
+def takers_of_too_much(source: str) -> Iterator[str]:
+    """The functions that take a whole run and read fewer sections."""
     for function in ast.walk(ast.parse(source)):
         if not isinstance(function, ast.FunctionDef) or function.name in ROWS_OF_A_TABLE:
             continue
@@ -27,7 +27,7 @@ def spendthrifts(source: str) -> Iterator[str]:
 
 
 def uses(function: ast.FunctionDef, name: str) -> tuple[set[str], bool]:
-    """The attributes of a name that are read, and whether the name stands for itself anywhere."""
+    """The attributes of a name that are read, and whether the name is used without one anywhere."""
     owners = {id(node.value): node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
     names = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == name]
     return {owners[id(node)] for node in names if id(node) in owners}, any(id(node) not in owners for node in names)
@@ -35,7 +35,7 @@ def uses(function: ast.FunctionDef, name: str) -> tuple[set[str], bool]:
 
 @pytest.mark.parametrize("module", sorted(path.relative_to(TRAINER).as_posix() for path in TRAINER.rglob("*.py")))
 def test_no_function_takes_a_whole_run_for_two_sections(module: str) -> None:
-    assert not list(spendthrifts((TRAINER / module).read_text()))
+    assert not list(takers_of_too_much((TRAINER / module).read_text()))
 
 
 @pytest.mark.parametrize(
@@ -47,4 +47,4 @@ def test_no_function_takes_a_whole_run_for_two_sections(module: str) -> None:
     ],
 )
 def test_functions_that_take_too_much_are_found(body: str, expected: list[str]) -> None:
-    assert list(spendthrifts(f"def f(config: RunConfig) -> int:\n    return {body}")) == expected
+    assert list(takers_of_too_much(f"def f(config: RunConfig) -> int:\n    return {body}")) == expected

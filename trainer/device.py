@@ -191,7 +191,7 @@ _ATTENTION_MODULE = "transformer_engine.pytorch.attention.dot_product_attention.
 
 
 @contextmanager
-def environment_restored() -> Iterator[None]:
+def attention_restored() -> Iterator[None]:
     """Restore what a model's attention leaves in this process, so that another model can follow.
 
     Transformer Engine keeps the kernels that it chose for the last model, whatever the variables say by then.

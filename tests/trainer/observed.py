@@ -221,10 +221,11 @@ def differences(trials: dict[str, Trial], look: Look = observe, before: int = 2,
 def _common(looks: list[dict[str, Any]]) -> Leaves:
     """Numbers, texts and types by their path; `_VARIES` where they are not the same in all runs."""
     runs = [dict(_leaves(look)) for look in looks]
-    return {
-        path: runs[0][path] if all(run.get(path, _ABSENT) == runs[0].get(path, _VARIES) for run in runs) else _VARIES
-        for path in {path for run in runs for path in run}
-    }
+    common: Leaves = {}
+    for path in {path for run in runs for path in run}:
+        values = [run.get(path, _ABSENT) for run in runs]
+        common[path] = values[0] if all(value == values[0] for value in values) else _VARIES
+    return common
 
 
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -18,7 +18,7 @@ from tests.trainer.test_gpu import SHAPE
 pytestmark = pytest.mark.gpu
 
 STEPS, STOPPED = 8, 3
-TOLD = {
+COMMON = {
     "dist__device": "gpu",
     "dataset__sequence_length": 128,
     "train__train_iters": STEPS,
@@ -52,7 +52,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_with_deterministic_k
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
     folder = str(models.save(models.build("gqa", **SHAPE), tmp_path / "model"))
-    settings = {**TOLD, **changes}
+    settings = {**COMMON, **changes}
     checkpoint = {"checkpoint__save": str(tmp_path / "run"), "checkpoint__load": str(tmp_path / "run")}
     # It saves too: after the last step, ranks gather the weights that they divide only where something asks for them.
     whole = ranks.run(_deterministic, world, folder, {**settings, "checkpoint__save": str(tmp_path / "whole")})

@@ -37,7 +37,7 @@ def _said(script, again):
     return ""
 
 
-TOLD = (
+MESSAGE = (
     "`train.py` calls `pretrain` whenever it is imported, and the worker processes of a run import it again\n\n"
     'hint: put the call, and what comes before it, under `if __name__ == "__main__":`'
 )
@@ -49,10 +49,10 @@ def test_a_call_without_a_guard_is_refused_where_processes_are_started(workers, 
         script = tmp_path / "train.py"
         script.write_text(BARE.format(workers=workers, save=save) + call)
         unguarded = "guarded" not in how and (workers or save)
-        assert ranks.run(_said, 1, str(script), False) == [TOLD if unguarded else ""], how
+        assert ranks.run(_said, 1, str(script), False) == [MESSAGE if unguarded else ""], how
 
 
 def test_a_process_that_imports_the_script_again_is_refused(ranks, tmp_path):
     (tmp_path / "train.py").write_text(BARE.format(workers=0, save=None) + "if True:\n    train()\n")
     (message,) = ranks.run(_said, 1, str(tmp_path / "train.py"), True)
-    assert message == TOLD
+    assert message == MESSAGE

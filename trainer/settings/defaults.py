@@ -43,7 +43,7 @@ def forget_explicit(holder: Any, name: str) -> None:
 def explicit_value(config: Any, setting: str) -> Any:
     """Return the value that a field was set to, or None where it was not set, or does not exist.
 
-    Python code that assigns a class's default has not set anything: it cannot be told from an open field.
+    Python code that assigns a class's default has not set anything: the field looks like one that nobody has set.
     """
     part, name = holder_and_field(config, setting)
     return getattr(part, name, None) if name in getattr(part, _BY_NAME, ()) else changed_value(config, setting)
