@@ -188,13 +188,15 @@ _ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
 _ATTENTION_MODULE = "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention"
+_QUANTIZATION_MODULE = "transformer_engine.pytorch.quantization"
 
 
 @contextmanager
-def attention_restored() -> Iterator[None]:
-    """Restore what a model's attention leaves in this process, so that another model can follow.
+def layers_restored() -> Iterator[None]:
+    """Restore what a model's layers leave in this process, so that another model can follow.
 
-    Transformer Engine keeps the kernels that it chose for the last model, whatever the variables say by then.
+    Transformer Engine keeps the kernels of attention that it chose for the last model, whatever the variables say by then, and the
+    largest values of delayed scaling, with the process group that shares them.
     """
     before = {name: os.environ.get(name) for name in _ATTENTION}
     try:
@@ -206,6 +208,8 @@ def attention_restored() -> Iterator[None]:
                 os.environ[name] = value
         chosen = getattr(sys.modules.get(_ATTENTION_MODULE), "_attention_backends", {})
         chosen["backend_selection_requires_update"] = True
+        if quantization := sys.modules.get(_QUANTIZATION_MODULE):
+            quantization.FP8GlobalStateManager.reset()
 
 
 def backend(kind: str) -> AbstractContextManager[None]:

@@ -123,7 +123,7 @@ def session(config: RunConfig, kind: str) -> Iterator[None]:
         check_rendezvous(os.environ)
     device.prepare(kind)
     joined = process_group.joined(kind, size=world_size(), timeout_minutes=config.dist.timeout_minutes)
-    with device.backend(kind), device.attention_restored(), device.determinism(config.model), joined as store:
+    with device.backend(kind), device.layers_restored(), device.determinism(config.model), joined as store:
         try:
             _start(config)
             with user_buffers.initialized(config), tensor_properties.without_strides():

@@ -39,7 +39,7 @@ def as_rank(rank: int, world_size: int, provider: Any) -> Iterator[None]:
     are built of its own layers, as on the CPU."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 - registers torch's `fake` backend
 
-    with warnings.catch_warnings(), device.backend(device.CPU), device.attention_restored():
+    with warnings.catch_warnings(), device.backend(device.CPU), device.layers_restored():
         warnings.filterwarnings("ignore", module="megatron")
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         try:

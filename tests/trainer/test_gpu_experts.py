@@ -166,19 +166,22 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, 
     [
         ("bf16_mixed", 0.05),
         ("fp16_mixed", 0.05),
-        ("bf16_with_fp8_delayed_scaling_mixed", 0.1),
-        ("bf16_with_fp8_current_scaling_mixed", 0.1),
-        ("bf16_with_fp8_subchannel_scaling_mixed", 0.1),
+        ("bf16_with_fp8_delayed_scaling_mixed", 0.06),
+        ("bf16_with_fp8_current_scaling_mixed", 0.06),
+        ("bf16_with_fp8_subchannel_scaling_mixed", 0.06),
     ],
 )
 def test_grouped_experts_train_in_8_and_16_bits(precision, tolerance, ranks, family_folder):
     path = str(family_folder("mixtral", **WIDE))
-    # The auxiliary loss shows whether its gradient has the loss scale of fp16. Gradients are sums over tokens, and from 2^9 on
-    # steps are left out until the scale has come down.
-    long = {**GPU, "dataset__sequence_length": 128, "model__moe_aux_loss_coeff": 1.0, "optimizer__initial_loss_scale": 2.0**8}
+    # Of 512 tokens a step, a few go to another expert in 8 bits and move the loss by 0.1: of 2,048 it moves by a third of that.
+    long = {**GPU, "dataset__sequence_length": 128, "train__global_batch_size": 16}
+    # The auxiliary loss shows whether its gradient has the loss scale of fp16. Gradients are sums over tokens, and a larger scale
+    # would leave out steps until it has come down.
+    long |= {"model__moe_aux_loss_coeff": 1.0, "optimizer__initial_loss_scale": 2.0**6}
     (exact,) = ranks.run(train, 1, path, long)
     (rounded,) = ranks.run(train, 1, path, {**long, "mixed_precision": precision})
-    print(f"\n{precision}: last loss {rounded.losses[-1]:.4f}, in fp32 {exact.losses[-1]:.4f}")
+    print(f"\n{precision}: last loss {rounded.losses[-1]:.4f}, in fp32 {exact.losses[-1]:.4f}, largest difference",
+          max(abs(a - b) for a, b in zip(rounded.losses, exact.losses, strict=True)))  # fmt: skip
     assert rounded.losses == pytest.approx(exact.losses, abs=tolerance)
     assert rounded.layers[-1]["load_balancing_loss"] == pytest.approx(exact.layers[-1]["load_balancing_loss"], abs=tolerance)
     assert rounded.experts == {"TEGroupedMLP"}
