@@ -6,7 +6,7 @@ Any family will do: its rules name the tensors. Needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,16 @@ FP8 = {
 
 def make_headers(folder: Path, config: Mapping[str, Any], *, shard_bytes: int = 5_000_000_000) -> int:
     """Write a model of holes, in FP8 where `config` says so; return the number of its tensors."""
+    tensors = tensors_of(config)
+    write_headers(folder, config, tensors, shard_bytes=shard_bytes)
+    return len(tensors)
+
+
+def write_headers(
+    folder: Path, config: Mapping[str, Any], tensors: Sequence[TensorSpec], *, shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write the tensors as files of holes, with their index and `config.json`."""
     folder.mkdir(parents=True)
-    tensors = list(_fp8(_tensors(config)) if "quantization_config" in config else _tensors(config))
     shards = plan_shards(tensors, limit=shard_bytes)
     for name, shard in shards.items():
         with (folder / name).open("wb") as file:
@@ -62,7 +70,11 @@ def make_headers(folder: Path, config: Mapping[str, Any], *, shard_bytes: int = 
     if len(shards) > 1:
         (folder / "model.safetensors.index.json").write_bytes(make_index(shards))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    return len(tensors)
+
+
+def tensors_of(config: Mapping[str, Any]) -> list[TensorSpec]:
+    """Return the tensors of a model, in FP8 with scales where `config` says so."""
+    return list(_fp8(_tensors(config)) if "quantization_config" in config else _tensors(config))
 
 
 def _tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:

@@ -48,17 +48,18 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     return size
 
 
-def _stages(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
-    """Return `9,9,8,6`, `Et*9|t*9|t*8|t*6L` or `*-*|-*-` as layers per pipeline stage."""
+def _stages(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Return `9,9,8,6`, `Et*9|t*9|t*8|t*6L` or `*-*|-*-` once it is known to be layers per pipeline stage."""
     if value is None:
         return None
     from converter.pipeline_layout import parse_layout  # noqa: PLC0415
     from formats.errors import UserError  # noqa: PLC0415
 
     try:
-        return parse_layout(value)
+        parse_layout(value)
     except UserError as error:
         raise click.BadParameter(f"{error.args[0]}; {error.hint}", context, parameter) from error
+    return value
 
 
 _COUNT = click.IntRange(min=1)

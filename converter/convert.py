@@ -28,7 +28,6 @@ from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, plan_import
 from converter.keywords import IN_MEGATRON, other_names
 from converter.memory import seldom_collected
-from converter.pipeline_layout import layers_per_stage
 from converter.resharding import ReshardOptions, plan_reshard
 from converter.sources import huggingface_source, open_source, workers_for
 from converter.state_dicts import TRANSFORMER_ENGINE
@@ -86,7 +85,7 @@ def hf_to_mcore(
     kind, given = CheckpointFormat(ckpt_format, transformer_impl), open_source(hf_config) if hf_config else None
     sources = [folder, *([given] if given else [])]
     check_locations(target, sources, options)
-    wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
+    wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=pp_layout, ep=ep, etp=etp,
                            dtype=kind.dtype(dtype), make_vocab_size_divisible_by=make_vocab_size_divisible_by,
                            integrity=integrity, kind=kind)  # fmt: skip
     require(folder, Format.HUGGINGFACE)
@@ -191,7 +190,7 @@ def reshard(
     given = open_source(hf_config) if hf_config else None
     sources = [root, *([given] if given else [])]
     check_locations(target, sources, options)
-    wanted = ReshardOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
+    wanted = ReshardOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=pp_layout, ep=ep, etp=etp,
                             make_vocab_size_divisible_by=make_vocab_size_divisible_by, hf_config=given, dtype=dtype,
                             weights_only=weights_only, values_from=values_from, integrity=integrity)  # fmt: skip
     require(root, Format.TORCH_DIST)

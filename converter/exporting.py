@@ -175,7 +175,7 @@ def choose_shards(tensor_plans: Sequence[TensorPlan], origin: HFReference, limit
     bytes."""
     specs = {tensor_plan.spec.name: tensor_plan.spec for tensor_plan in tensor_plans}
     if limit is None and _same_shapes(origin.shards, specs):
-        return {file: retyped(shard, specs, source=file) for file, shard in origin.shards.items()}
+        return {file: retyped(shard, specs) for file, shard in origin.shards.items()}
     return plan_shards([tensor_plan.spec for tensor_plan in tensor_plans], limit=limit or DEFAULT_SHARD_BYTES)
 
 

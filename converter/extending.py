@@ -223,7 +223,7 @@ def _matched(given: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ..
 
 
 def _resized(shards: Mapping[str, Shard], specs: Mapping[str, TensorSpec]) -> dict[str, Shard]:
-    return {file: retyped(shard, specs, source=file) for file, shard in shards.items()}
+    return {file: retyped(shard, specs) for file, shard in shards.items()}
 
 
 def _documents(folder: Folder, origin: HFReference, resize: _Resize, names: Mapping[str, str]) -> dict[str, bytes]:

@@ -23,6 +23,7 @@ from converter.hybrid import HYBRID
 from converter.layout import Layout, make_layout
 from converter.model import Model
 from converter.originals import moved, original_name
+from converter.pipeline_layout import layers_per_stage
 from converter.plan import TensorPlan, as_stored, casts, casts_of_kept
 from converter.planner import Plan
 from converter.planner import to_megatron as plan_megatron
@@ -51,7 +52,7 @@ class ImportOptions:
     tp: int
     pp: int
     vpp: int
-    pp_layout: Sequence[int] | None
+    pp_layout: str | Sequence[int] | None
     ep: int = 1
     etp: int | None = None
     """The shards of each expert; unless given as many as of other layers (`tp`), or what the model can have (1 with biases)."""
@@ -130,7 +131,8 @@ def _recognize(source: Source, wanted: ImportOptions) -> _Import:
     refuse_unfit(reader.specs, config, family, model, label=source.label)
     check_padding(model, divisible_by=wanted.make_vocab_size_divisible_by, tp=wanted.tp)
     etp = wanted.etp or to_megatron(family.CONFIG, config).get("expert_tensor_parallel_size")
-    layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=etp)
+    stages = layers_per_stage(wanted.pp_layout, mtp=model.get("mtp", 0))
+    layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=stages, ep=wanted.ep, etp=etp)
     passing = family.PASSTHROUGH_PREFIXES
     plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype, passing=passing)
     return _Import(source, family, model, layout, plan, _beside(source, plan))

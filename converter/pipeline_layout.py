@@ -56,9 +56,27 @@ def parse_layout(text: str) -> list[int]:
     return [_layers(stage, number, len(stages)) for number, stage in enumerate(stages, 1)]
 
 
-def layers_per_stage(given: str | Sequence[int] | None) -> Sequence[int] | None:
-    """Return a layout given as text or as numbers as numbers; None stays None."""
-    return parse_layout(given) if isinstance(given, str) else given
+def layers_per_stage(given: str | Sequence[int] | None, *, mtp: int = 0) -> Sequence[int] | None:
+    """Return a layout given as text or as numbers as numbers; None stays None.
+
+    Raises UserError for text with another number of layers of multi-token prediction than the model's, `mtp`. Text may leave
+    them out.
+    """
+    if not isinstance(given, str):
+        return given
+    stages, predicting = parse_layout(given), _prediction_layers(given)
+    if predicting not in {0, mtp}:
+        raise UserError(
+            f"pipeline layout `{given[:40]}` has {predicting} layers of multi-token prediction, the model has {mtp}",
+            hint="each is an `m` before `L`, or a `/` in a pattern; a layout may leave them out",
+        )
+    return stages
+
+
+def _prediction_layers(text: str) -> int:
+    """Return how many layers of multi-token prediction a valid layout has."""
+    plain = _without_groups(re.sub(r"[,\s]", "", text))
+    return plain.count(PREDICTION) + sum(int(item[2] or 1) for item in _ITEM.finditer(plain) if item[1] == "m")
 
 
 def _without_groups(text: str) -> str:

@@ -30,6 +30,7 @@ from converter.master_reader import WORKER_BYTES, reader_of
 from converter.model import Model
 from converter.nemo_config import settings_of
 from converter.padded_vocab import divisible_by
+from converter.pipeline_layout import layers_per_stage
 from converter.plan import Specs, TensorPlan, as_stored, casts, same_tensor
 from converter.planner import Plan, stored_tensors
 from converter.provenance import Provenance
@@ -64,7 +65,7 @@ class ReshardOptions:
     tp: int
     pp: int
     vpp: int
-    pp_layout: Sequence[int] | None
+    pp_layout: str | Sequence[int] | None
     ep: int
     etp: int | None
     make_vocab_size_divisible_by: int | None
@@ -155,7 +156,8 @@ def _recognize(reader: MegatronReader, root: Folder, wanted: ReshardOptions, run
     model = make_model(family.CONFIG, origin.config, vocab_multiple=multiple * wanted.tp)
     check_padding(model, divisible_by=multiple, tp=wanted.tp)
     etp = wanted.etp or megatron.get("expert_tensor_parallel_size")
-    layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=etp)
+    stages = layers_per_stage(wanted.pp_layout, mtp=model.get("mtp", 0))
+    layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=stages, ep=wanted.ep, etp=etp)
     tensors, extras = _with_extras(reader, origin, family, model)
     plan = _plan(family, model, _stored(stored, origin, reader.specs), dtype=wanted.dtype)
     if run:

@@ -17,7 +17,7 @@ from formats.arrays import as_bytes
 from formats.content import LARGEST_POINTER, refuse_pointer
 from formats.errors import UserError, format_untrusted
 from formats.folder import FileRef, Folder
-from formats.huggingface import HuggingFaceReader, Shard, make_header, parse_shard, side_files
+from formats.huggingface import HuggingFaceReader, Shard, parse_shard, shard_of, side_files
 from formats.json_objects import read_json
 from formats.shard_files import INDEX
 from formats.spec import Reader
@@ -62,8 +62,8 @@ def collect_model(reference: HFReference, reader: Reader, extras: tuple[str, ...
     """Return the side files and shard map of a model that was opened, and the tensors `extras`."""
     files = collect_again(reference)
     documents = {**files.documents, **{f"{HEADERS}/{name}": shard.raw for name, shard in reference.shards.items()}}
-    header = make_header(reader.specs[name] for name in extras)
-    return SideFiles(documents, files.copies, parse_shard(header, source=EXTRAS, any_dtype=True) if extras else None)
+    shard = shard_of(reader.specs[name] for name in extras) if extras else None
+    return SideFiles(documents, files.copies, shard)
 
 
 def blocks_of(extras: Shard, reader: Reader) -> Iterator[bytes | memoryview]:

@@ -119,19 +119,25 @@ def read_shard(folder: Folder, name: str, *, any_dtype: bool = False) -> Shard:
 
 def make_header(specs: Iterable[TensorSpec]) -> bytes:
     """Return the raw header for tensors in that order, as the safetensors library writes it: padded with spaces to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    text = bytearray(b'{"__metadata__":{"format":"pt"}')
     end = 0
     for spec in specs:
-        entries[spec.name] = {
-            "dtype": names_of(spec.dtype).safetensors,
-            "shape": list(spec.shape),
-            "data_offsets": [end, end + spec.nbytes],
-        }
-        end += spec.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        start, end = end, end + spec.nbytes
+        entry = {"dtype": names_of(spec.dtype).safetensors, "shape": spec.shape, "data_offsets": (start, end)}
+        text += f",{_compact(spec.name)}:{_compact(entry)}".encode()
+    text += b"}"
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
+
+def shard_of(specs: Iterable[TensorSpec]) -> Shard:
+    """Return the layout of a file that holds these tensors in that order."""
+    tensors = {spec.name: spec if type(spec) is TensorSpec else TensorSpec(spec.name, spec.shape, spec.dtype) for spec in specs}
+    raw = make_header(tensors.values())
+    return Shard(raw, tensors, len(raw) + sum(spec.nbytes for spec in tensors.values()))
+
+
+_compact = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 _BY_SPAN = itemgetter(slice(2))
 
@@ -315,7 +321,7 @@ def plan_shards(specs: Sequence[TensorSpec], *, limit: int) -> dict[str, Shard]:
         groups[-1].append(spec)
         size += spec.nbytes
     names = [SINGLE] if len(groups) == 1 else [_shard_name(i + 1, len(groups)) for i in range(len(groups))]
-    return {name: parse_shard(make_header(group), source=name) for name, group in zip(names, groups, strict=True)}
+    return {name: shard_of(group) for name, group in zip(names, groups, strict=True)}
 
 
 def _shard_name(number: int, count: int) -> str:
@@ -333,11 +339,11 @@ def make_index(shards: Mapping[str, Shard]) -> bytes:
     return (json.dumps({"metadata": totals, "weight_map": dict(files)}, indent=2, sort_keys=True) + "\n").encode()
 
 
-def retyped(shard: Shard, specs: Mapping[str, TensorSpec], *, source: str) -> Shard:
+def retyped(shard: Shard, specs: Mapping[str, TensorSpec]) -> Shard:
     """Return the shard with the dtypes and shapes of `specs`, and tensors in the same order; the same shard if none differs."""
     if all((specs[name].dtype, specs[name].shape) == (spec.dtype, spec.shape) for name, spec in shard.tensors.items()):
         return shard
-    return parse_shard(make_header(specs[name] for name in shard.tensors), source=source)
+    return shard_of(specs[name] for name in shard.tensors)
 
 
 _OTHER_WEIGHTS = re.compile(

@@ -174,16 +174,19 @@ class Reader(Protocol):
         ...
 
 
+def _renamed(spec: TensorSpec, name: str) -> TensorSpec:
+    return spec if spec.name == name else replace(spec, name=name)
+
+
 class JoinedReader:
-    """Combine several readers whose tensors have different names."""
+    """Combine several readers. Of tensors of the same name, that of the last reader counts."""
 
     def __init__(self, *readers: Reader) -> None:
         self._all = readers
-        self._readers = {name: reader for reader in readers for name in reader.specs}
         self.specs = {name: spec for reader in readers for name, spec in reader.specs.items()}
 
     def read(self, name: str, region: Region, out: Array) -> None:
-        self._readers[name].read(name, region, out)
+        next(reader for reader in reversed(self._all) if name in reader.specs).read(name, region, out)
 
     def close(self) -> None:
         for reader in self._all:
@@ -196,7 +199,7 @@ class RenamedReader:
     def __init__(self, reader: Reader, names: Mapping[str, str]) -> None:
         """`names`: the tensor of `reader` that each name stands for."""
         self._reader, self._names = reader, names
-        self.specs = {name: replace(reader.specs[other], name=name) for name, other in names.items()}
+        self.specs = {name: _renamed(reader.specs[other], name) for name, other in names.items()}
 
     def read(self, name: str, region: Region, out: Array) -> None:
         self._reader.read(self._names[name], region, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import secrets
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,21 @@ class Conversion(subprocess.Popen[str]):
         out, errors = self.communicate(timeout=LONGEST)
         self.summary = json.loads(out) if out else {}
         return self.returncode, errors
+
+
+def kill_again_and_again(
+    start: Callable[..., Conversion], *arguments: object, target: Path, log: Path, kills: int, nsteps: int, **options: object
+) -> None:
+    """Begin a conversion to `target` with `start`, and kill it, each time after another number of steps. Undisturbed it takes
+    `nsteps` in all, so that it never ends."""
+    at = random.Random(1)
+    for _ in range(kills):
+        taken, before = at.randrange(2, nsteps // kills), sum(steps(log).values())
+        process = start(*arguments, log=log, pause=0, hold={"any": taken}, **options)
+        process.until_total(before + taken)
+        assert process.stop()[0] == -signal.SIGKILL
+        assert not target.exists()
+        assert set(journaled(target).values()) <= {1}, "a piece that was done was done again"
 
 
 def steps(log: Path) -> Counter[str]:

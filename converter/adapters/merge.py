@@ -23,7 +23,6 @@ from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
 from converter.keywords import IN_MEGATRON, other_names
-from converter.pipeline_layout import layers_per_stage
 from converter.plan import TensorPlan, casts, same_tensor
 from converter.sources import Source, open_source, workers_for
 from converter.values import KEEP, target_dtype
@@ -76,7 +75,7 @@ def merge(
     check_layout(layout)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp,
                   make_vocab_size_divisible_by=make_vocab_size_divisible_by, max_shard_size=max_shard_size)  # fmt: skip
-    wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
+    wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=pp_layout, ep=ep, etp=etp,
                            dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
                            integrity=integrity)  # fmt: skip
     given = open_source(hf_config) if hf_config else None

@@ -18,7 +18,7 @@ from converter.adapters.peft_config import ALL_LINEAR, PeftConfig, as_tuple
 from converter.plan import TensorPlan, as_stored, list_names
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
-from formats.huggingface import HuggingFaceReader, Shard, make_header, parse_shard
+from formats.huggingface import HuggingFaceReader, Shard, shard_of
 from formats.spec import DTYPES, TensorSpec, dtype_name
 
 
@@ -215,7 +215,7 @@ def _check_shapes(weight: str, specs: Mapping[Factor, TensorSpec], config: PeftC
 def make_shard(specs: Iterable[TensorSpec]) -> dict[str, Shard]:
     """Return the file for these tensors, in the order in which safetensors stores them: by dtype, then by name."""
     ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, _ORDER.index(dtype_name(spec.dtype)), spec.name))
-    return {PEFT_WEIGHTS: parse_shard(make_header(ordered), source=PEFT_WEIGHTS)}
+    return {PEFT_WEIGHTS: shard_of(ordered)}
 
 
 _ORDER = tuple(DTYPES)

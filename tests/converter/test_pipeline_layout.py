@@ -90,6 +90,26 @@ def test_any_text_is_read_or_refused(text):
         assert all(count >= 0 for count in parse_layout(text))
 
 
+@pytest.mark.parametrize(("text", "mtp"), [
+    ("Et|tmL", 1), ("Et|tL", 1), ("Et|tm*2L", 2), ("Et|t(m)*2L", 2), ("Et|tmmL", 2), ("1,1", 2), ("*-|*-/*-", 1), ("*-|*-", 1),
+    ("Et|t*2,m,mL", 2),
+])  # fmt: skip
+def test_layers_of_multi_token_prediction_are_those_of_the_model_or_left_out(text, mtp):
+    assert layers_per_stage(text, mtp=mtp) == parse_layout(text)
+
+
+@pytest.mark.parametrize(("text", "mtp", "number"), [
+    ("Et|tmL", 0, 1), ("Et|tmL", 2, 1), ("Et|tm*3L", 1, 3), ("Et|t(m)*2L", 1, 2), ("*-|*-/*-/*-", 1, 2), ("*-|*-/*-", 0, 1),
+])  # fmt: skip
+def test_another_number_of_layers_of_multi_token_prediction_is_refused(text, mtp, number):
+    with pytest.raises(UserError) as refused:
+        layers_per_stage(text, mtp=mtp)
+    assert refused.value.args[0] == (
+        f"pipeline layout `{text}` has {number} layers of multi-token prediction, the model has {mtp}"
+    )
+    assert refused.value.hint == "each is an `m` before `L`, or a `/` in a pattern; a layout may leave them out"
+
+
 def test_numbers_stay_numbers():
     assert layers_per_stage([3, 1]) == [3, 1]
     assert layers_per_stage(None) is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 
@@ -12,7 +11,18 @@ import pytest
 
 from converter import UserError, hf_to_mcore
 from converter.execution import Reporter
-from tests.interrupted import LONGEST, PIECE_BYTES, WORKERS, Conversion, journaled, make_source, partial, steps, written
+from tests.interrupted import (
+    LONGEST,
+    PIECE_BYTES,
+    WORKERS,
+    Conversion,
+    journaled,
+    kill_again_and_again,
+    make_source,
+    partial,
+    steps,
+    written,
+)
 from tests.models import tree
 
 LAYOUT = ("--tp", 2, "--pp", 2)
@@ -105,15 +115,8 @@ def refused(start, *options, **how):
 @pytest.mark.parametrize("direction", ["hf-to-mcore", "mcore-to-hf"])
 def test_a_conversion_killed_again_and_again_ends_with_the_same_bytes(start, straight, tmp_path, direction):
     _, _, whole, nbytes, nsteps = straight[direction]
-    target, log, at = tmp_path / "m", tmp_path / "log", random.Random(1)
-    for _ in range(KILLS):
-        taken = at.randrange(2, nsteps // KILLS)
-        before = sum(steps(log).values())
-        process = start("--resume", "--verify", direction=direction, log=log, pause=0, hold={"any": taken})
-        process.until_total(before + taken)
-        assert process.stop()[0] == -signal.SIGKILL
-        assert not target.exists()
-        assert set(journaled(target).values()) <= {1}, "a piece that was done was done again"
+    target, log = tmp_path / "m", tmp_path / "log"
+    kill_again_and_again(start, "--resume", "--verify", direction=direction, target=target, log=log, kills=KILLS, nsteps=nsteps)
     before = sum(written(log))
     summary = finish(start, "--verify", direction=direction, log=log)
     assert tree(target) == whole
