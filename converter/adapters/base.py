@@ -18,6 +18,7 @@ from converter.adapters.adapter import AdapterReader, Base, Delta
 from converter.adapters.experts import separate
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.names import PREFIX, WEIGHT, adapted_modules, module_of
+from converter.adapters.parameters import fused_experts
 from converter.checks import check_filled
 from converter.config import make_model
 from converter.families import Family
@@ -140,6 +141,22 @@ def under_names_of(base: Source, adapter: AdapterReader) -> AdapterReader:
     return renamed
 
 
+def stacks_of(base: Source) -> dict[str, tuple[str, ...]]:
+    """Return the tensors of a base that hold all experts of a layer, [experts, …], each with the names of single weights."""
+    supported = _supported_family(base)
+    every = fused_experts(supported[0].RULES, supported[1]) if supported else ()
+    return {layer.tensor: tuple(weight for (weight,) in layer.weights) for layer in every if layer.tensor in base.reader.specs}
+
+
+def _weights_of(base: Source) -> dict[str, TensorSpec]:
+    """Return the tensors of a base, with the weights of single experts in place of those that hold all."""
+    specs = dict(base.reader.specs)
+    for tensor, weights in stacks_of(base).items():
+        spec = specs.pop(tensor)
+        specs |= {weight: TensorSpec(weight, spec.shape[1:], spec.dtype) for weight in weights}
+    return specs
+
+
 def _module_names(base: Source, family: Family, model: Model) -> dict[str, str]:
     """Return the tensors of a base whose names are not those of their modules, with the modules' names."""
     if not family.ROOTS:
@@ -178,7 +195,7 @@ def survey(adapter: AdapterReader, base: Source, folder: Folder) -> Survey:
     Raises UserError for a weight that the base lacks, ties to another, or has with another shape or with a dtype that no change
     can be added to, for a change that is not finite, and for missing changes that the configuration requests.
     """
-    specs = base.reader.specs
+    specs = _weights_of(base)
     if not adapter.parts:
         raise UserError(f"the adapter `{folder.label}` changes no weights")
     _check_ties(base, adapter.parts)
@@ -188,7 +205,7 @@ def survey(adapter: AdapterReader, base: Source, folder: Folder) -> Survey:
             f"the adapter `{folder.label}` changes {list_names(missing)}, which `{base.label}` does not have",
             hint=_explain_missing(missing, specs),
         )
-    _check_complete(adapter, base, folder)
+    _check_complete(adapter, base, specs, folder)
     digest, nbytes = blake3(), dict[str, int]()
     for weight in sorted(adapter.parts):
         delta = adapter.read_delta(weight)
@@ -222,13 +239,13 @@ def _ties(source: Source) -> list[tuple[str, str]]:
     return [*tied_names(family.RULES, model).items()]
 
 
-def _check_complete(adapter: AdapterReader, base: Source, folder: Folder) -> None:
+def _check_complete(adapter: AdapterReader, base: Source, specs: Mapping[str, TensorSpec], folder: Folder) -> None:
     """Raise UserError if an adapter lacks changes that its configuration requests: a lost file or pipeline stage."""
-    candidates = _linear_layers(adapter, base) if adapter.all_linear else base.reader.specs
+    candidates = _linear_layers(adapter, base) if adapter.all_linear else specs
     lacking = [
         weight
         for weight in sorted(candidates)
-        if weight not in adapter.parts and len(base.reader.specs[weight].shape) == 2 and adapter.is_requested(weight)
+        if weight not in adapter.parts and len(specs[weight].shape) == 2 and adapter.is_requested(weight)
     ]
     if lacking:
         raise UserError(

@@ -4,7 +4,7 @@ transformers 5 has a layer's experts in parameters `gate_up_proj` and `down_proj
 `target_parameters`: A [experts · rank, in] goes expert by expert, B [out, rank · experts] rank by rank, with all experts of each
 (`ParamWrapper` in PEFT's `tuners/lora/layer.py`). The inner parameter's tensors are under `base_layer`. vLLM calls this the 3-D
 layout, and that of a module for each expert, `experts.3.gate_proj`, the 2-D one (its documentation of LoRA adapters). Files of
-models, transformers 4 and rules have a weight for each expert.
+models, transformers 4 and rules have a weight for each expert, or one tensor of all (`converter.adapters.parameters`).
 """
 
 from __future__ import annotations
@@ -18,60 +18,12 @@ import numpy as np
 from converter.adapters.adapter import AdapterReader
 from converter.adapters.merged import RecentValues
 from converter.adapters.names import WEIGHT, Factor, is_linear, module_of, peft_name
+from converter.adapters.parameters import FusedExperts, fused_experts, in_transformers
 from converter.model import Model
 from converter.plan import TensorPlan, same_tensor
-from converter.rules import Rule, at, fill
+from converter.rules import Rule, at
 from formats.errors import UserError
 from formats.spec import Array, Reader, Region, TensorSpec
-
-IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
-"""The parameters of transformers' modules `experts`, in the order in which they define them: PEFT wraps the first one first."""
-
-_NUMBER = ".{expert}"
-
-
-@dataclass(frozen=True, slots=True)
-class FusedExperts:
-    """One parameter of all experts of a layer, and the weights in files that it is made of."""
-
-    name: str
-    """`model.layers.0.mlp.experts.gate_up_proj`"""
-
-    weights: tuple[tuple[str, ...], ...]
-    """For each expert the names of its weights, whose rows follow one another."""
-
-    rows: tuple[int, ...]
-    """The rows of each of an expert's weights."""
-
-    columns: int
-
-    @property
-    def module(self) -> str:
-        return self.name.rpartition(".")[0]
-
-
-def fused_experts(rules: Iterable[Rule], model: Model) -> Iterator[FusedExperts]:
-    """Yield the parameters of experts of all layers, in transformers' order. A rule has a tensor for each expert."""
-    experts = [rule for rule in rules if rule.is_expert and is_linear(rule)]
-    for layer in range(model.layers if experts else 0):
-        indices = at(model, layer)
-        for rule in experts:
-            if not rule.when(model, indices):
-                continue
-            shapes = rule.rows_first_shapes(model)
-            weights = tuple(rule.names({**indices, "expert": expert})[1] for expert in range(model.experts))
-            module = in_transformers(fill(rule.huggingface.partition(_NUMBER)[0], indices))
-            name = "down_proj" if rule.partition_dim == 1 else "gate_up_proj" if len(shapes) > 1 else "up_proj"
-            yield FusedExperts(f"{module}.{name}", weights, tuple(shape[0] for shape in shapes), shapes[0][1])
-
-
-def in_transformers(name: str) -> str:
-    """Return the name that transformers 5 has for a module of Mixtral's files (its `conversion_mapping.py`).
-
-    >>> in_transformers("model.layers.0.block_sparse_moe.gate.weight")
-    'model.layers.0.mlp.gate.weight'
-    """
-    return name.replace(".block_sparse_moe.", ".mlp.")
 
 
 class ComputedReader:
@@ -107,6 +59,8 @@ class _Share:
 
     source: TensorSpec
     factor: Factor
+    """Which of the parameter's tensors that is."""
+
     expert: int
     experts: int
     rows: slice
@@ -116,15 +70,25 @@ class _Share:
     parts: int = 1
     """Of the expert's ranks, which of how many equal parts."""
 
+    swapped: bool = False
+    """See `FusedExperts`."""
+
     @property
     def shape(self) -> tuple[int, int]:
         rank = self.source.shape[0 if self.factor is Factor.A else 1] // self.experts // self.parts
-        return (rank, self.source.shape[1]) if self.factor is Factor.A else (self.rows.stop - self.rows.start, rank)
+        rows, columns = (rank, self.source.shape[1]) if self.factor is Factor.A else (self.rows.stop - self.rows.start, rank)
+        return (columns, rows) if self.swapped else (rows, columns)
 
     def of(self, whole: Array) -> Array:
-        if self.factor is Factor.A:
-            ranks = whole.reshape(self.experts, self.parts, -1, whole.shape[1])
-            return ranks[self.expert, self.part]
+        """Return the tensor of the expert's weight."""
+        share = self._of_a(whole) if self.factor is Factor.A else self._of_b(whole)
+        return share.T if self.swapped else share
+
+    def _of_a(self, whole: Array) -> Array:
+        ranks = whole.reshape(self.experts, self.parts, -1, whole.shape[1])
+        return ranks[self.expert, self.part]
+
+    def _of_b(self, whole: Array) -> Array:
         ranks = whole[self.rows].reshape(self.rows.stop - self.rows.start, self.parts, -1, self.experts)
         return ranks[:, self.part, :, self.expert]
 
@@ -232,7 +196,8 @@ def _shares(layer: FusedExperts, adapter: AdapterReader, *, by_part: bool) -> It
         for number, weight in enumerate(names):
             rows, part = slice(firsts[number], firsts[number] + layer.rows[number]), number if by_part else 0
             for factor, spec in ((Factor.A, a), (Factor.B, b)):
-                yield peft_name(weight, factor), _Share(spec, factor, expert, experts, rows, part, parts)
+                share = _Share(spec, factor, expert, experts, rows, part, parts, layer.swapped)
+                yield peft_name(weight, layer.stored(factor)), share
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,17 +232,20 @@ class Fused:
         """Read the tensors of all experts, and return theirs together; rows of B that no A is for are zero."""
         if factor is Factor.A:
             kept = self.adapted[:1] if self.shared else self.adapted
-            names = (peft_name(weights[part], factor) for weights in self.experts.weights for part in kept)
-            return np.concatenate([_read(reader, reader.specs[name]) for name in names])
+            return np.concatenate([self._of(weights[part], factor, reader) for weights in self.experts.weights for part in kept])
         count, rows = len(self.experts.weights), self.experts.rows
-        blocks = [[_read(reader, reader.specs[peft_name(names[part], factor)]) for part in self.adapted]
-                  for names in self.experts.weights]  # fmt: skip
+        blocks = [[self._of(names[part], factor, reader) for part in self.adapted] for names in self.experts.weights]
         out = np.zeros((sum(rows), self.total_rank * count), blocks[0][0].dtype)
         for expert, of_expert in enumerate(blocks):
             for number, (part, block) in enumerate(zip(self.adapted, of_expert, strict=True)):
                 first, column = sum(rows[:part]), 0 if self.shared else number * self.rank * count
                 out[first : first + rows[part], column + expert : column + self.rank * count : count] = block
         return out
+
+    def _of(self, weight: str, factor: Factor, reader: Reader) -> Array:
+        """Read what is a weight's of the tensor of all."""
+        values = _read(reader, reader.specs[peft_name(weight, self.experts.stored(factor))])
+        return values.T if self.experts.swapped else values
 
 
 def fuse(adapter: AdapterReader, reader: Reader, rules: Iterable[Rule], model: Model) -> tuple[AdapterReader, list[Fused]]:
@@ -320,7 +288,7 @@ def _fuse_one(experts: FusedExperts, adapter: AdapterReader, names: list[str]) -
                 raise UserError(
                     f"`{weight}` has {'an' if part not in adapted else 'no'} adapter, and that of the first expert has "
                     f"{'none' if part not in adapted else 'one'}: PEFT has one for all experts of a layer, `{experts.name}`",
-                    hint="`--experts separate` writes a module for each",
+                    hint="is the checkpoint complete?" if experts.tensor else "`--experts separate` writes a module for each",
                 )
     prefix = experts.module + ".base_layer" * (len(names) - 1 - names.index(experts.name))
     shared = len(adapted) == len(experts.rows) and not adapter.description.canonical
