@@ -104,7 +104,7 @@ def separate(
     """
     fused, renamed = list(fused_experts(rules, model)), _renamed(rules, model)
     weights = {weight: experts.name for experts in fused for names in experts.weights for weight in names}
-    _refuse_others(adapter.parts.keys() - set(weights.values()))
+    _refuse_others(adapter.parts.keys() - weights.keys() - set(weights.values()))
     parted = {experts.name for experts in fused if by_part and _has_parts(experts, adapter)}
     parameters = weights | {weight: name for name, weight in renamed.items()}
     adapter = replace(adapter, is_requested=_requested(adapter.is_requested, parameters))

@@ -12,8 +12,9 @@ from converter.adapters.names import Factor, is_linear, weights_of
 from converter.model import Model
 from converter.rules import Rule, at, fill
 
-IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
-"""The parameters of transformers' modules `experts`, in the order in which they define them: PEFT wraps the first one first."""
+IN_ORDER = {"experts": ("gate_up_proj", "up_proj", "down_proj"), "experts.mlp": ("w1", "v1", "w2")}
+"""The parameters of transformers' modules of all experts, in the order in which they define them: PEFT wraps the first one first.
+The last are DBRX's."""
 
 _NUMBER = ".{expert}"
 

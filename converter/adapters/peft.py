@@ -122,9 +122,8 @@ def _modules_of(modules: Iterable[str], config: PeftConfig) -> dict[str, str]:
     module_of: dict[str, str] = {}
     for module in modules:
         owner = module.replace(".base_layer", "")
-        targeted = (
-            [name for name in IN_ORDER if config.targets_parameter(f"{owner}.{name}")] if owner.endswith(".experts") else []
-        )
+        names = next((names for end, names in IN_ORDER.items() if owner.endswith(f".{end}")), ())
+        targeted = [name for name in names if config.targets_parameter(f"{owner}.{name}")]
         depth = module.count(".base_layer")
         module_of[f"{owner}.{targeted[-1 - depth]}" if depth < len(targeted) else f"{module}{WEIGHT}"] = module
     return module_of
