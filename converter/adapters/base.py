@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from converter import families, reference, side_files
 from converter.adapters.adapter import AdapterReader, Base, Delta
-from converter.adapters.experts import separate
+from converter.adapters.experts import in_stacks, separate
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.names import PREFIX, WEIGHT, adapted_modules, module_of
 from converter.adapters.parameters import fused_experts
@@ -122,8 +122,11 @@ def under_names_of(base: Source, adapter: AdapterReader) -> AdapterReader:
             )
         return adapter
     family, model = supported
-    adapter, _ = separate(adapter, families.find(base.reference.config["model_type"]).as_modules().RULES, model)
-    modules = _module_names(base, family, model)
+    named = families.find(base.reference.config["model_type"]).as_modules()
+    stacked = named.stacked_as(family)
+    adapter, _ = separate(adapter, named.RULES, model)
+    adapter = adapter if stacked == named else in_stacks(adapter, named.RULES, stacked.RULES, model)
+    modules = _module_names(base, family, stacked, model)
     names = {module: name for name, module in modules.items()}
 
     def is_requested(weight: str) -> bool:
@@ -157,11 +160,12 @@ def _weights_of(base: Source) -> dict[str, TensorSpec]:
     return specs
 
 
-def _module_names(base: Source, family: Family, model: Model) -> dict[str, str]:
-    """Return the tensors of a base whose names are not those of their modules, with the modules' names."""
+def _module_names(base: Source, family: Family, named: Family, model: Model) -> dict[str, str]:
+    """Return the tensors of a base whose names are not those of their modules, with the modules' names. `named`: the family with
+    these."""
     if not family.ROOTS:
         return {}
-    specs, named = base.reader.specs, families.find(base.reference.config["model_type"]).as_modules()
+    specs = base.reader.specs
     tensors = (huggingface_tensors(rules, model, specs) for rules in (family.RULES, named.RULES))
     start = family.MODULE_ROOT.partition(".")[0] + "."
     passing = [name for name in specs if name.startswith(family.PASSTHROUGH_PREFIXES or ("\0",)) and not name.startswith(start)]

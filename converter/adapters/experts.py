@@ -21,6 +21,7 @@ from converter.adapters.names import WEIGHT, Factor, is_linear, module_of, peft_
 from converter.adapters.parameters import FusedExperts, fused_experts, in_transformers
 from converter.model import Model
 from converter.plan import TensorPlan, same_tensor
+from converter.planned_reader import PlannedReader
 from converter.rules import Rule, at
 from formats.errors import UserError
 from formats.spec import Array, Reader, Region, TensorSpec
@@ -218,6 +219,11 @@ class Fused:
     """PEFT's name of the module: `model.layers.0.mlp.experts.base_layer`."""
 
     @property
+    def first(self) -> str:
+        """The first expert's first weight that has an adapter."""
+        return self.experts.weights[0][self.adapted[0]]
+
+    @property
     def total_rank(self) -> int:
         """The rank of the whole: that of each A one after another, unless they are the same."""
         return self.rank if self.shared else self.rank * len(self.adapted)
@@ -274,6 +280,47 @@ def fuse(adapter: AdapterReader, reader: Reader, rules: Iterable[Rule], model: M
     return replace(adapter, reader=together, parts=parts), fused
 
 
+def in_stacks(adapter: AdapterReader, single: Collection[Rule], stacked: Collection[Rule], model: Model) -> AdapterReader:
+    """Return an adapter with the tensors of each expert's part of a tensor of all, in place of those of the weights in it.
+
+    `single`: the rules of these weights; `stacked`: those of the same model with one tensor of all experts. Raises UserError for
+    a DoRA of experts, and unless the weights of a layer's experts have one rank and one scale.
+    """
+    reader = PlannedReader(adapter.reader, adapter.tensor_plans)
+    together, fused = fuse(adapter, reader, single, model)
+    for layer in fused:
+        _check_alike(layer, adapter)
+    scales = {name: adapter.scales[name] for name in together.parts if name in adapter.scales}
+    scales |= {layer.experts.name: adapter.scales[layer.first] for layer in fused}
+    ranks = {layer.experts.name: layer.total_rank for layer in fused}
+    result, _ = separate(replace(together, scales=scales, ranks=ranks), stacked, model)
+    layers = zip(fused_experts(single, model), fused_experts(stacked, model), strict=True)
+    inside = {whole: weights for one, other in layers for weights, (whole,) in zip(one.weights, other.weights, strict=True)}
+
+    def is_requested(weight: str) -> bool:
+        return result.is_requested(weight) or any(map(adapter.is_requested, inside.get(weight, ())))
+
+    return replace(result, is_requested=is_requested)
+
+
+def _check_alike(layer: Fused, adapter: AdapterReader) -> None:
+    """Raise UserError for adapters of single experts that are none of the tensor of all."""
+    if adapter.description.method == "dora":
+        raise UserError(
+            f"the adapter is a DoRA of `{layer.first}`, and the base has one tensor of all experts, into which none is merged",
+            hint="`mbconvert hf-to-mcore` makes a base that has a weight for each expert",
+        )
+    for weights in layer.experts.weights:
+        for weight in (weights[part] for part in layer.adapted):
+            rank = adapter.parts[weight][Factor.A].spec.shape[0]
+            if (rank, adapter.scales[weight]) != (layer.rank, adapter.scales[layer.first]):
+                raise UserError(
+                    f"`{weight}` and `{layer.first}` have adapters of different ranks or scales, and the base has one tensor "
+                    "for both",
+                    hint="`mbconvert hf-to-mcore` makes a base that has a weight for each expert",
+                )
+
+
 def _fused_of(adapter: AdapterReader, every: Iterable[FusedExperts]) -> list[Fused]:
     present = [experts for experts in every if any(weight in adapter.parts for names in experts.weights for weight in names)]
     levels = {experts.module: [other.name for other in present if other.module == experts.module] for experts in present}
@@ -292,4 +339,5 @@ def _fuse_one(experts: FusedExperts, adapter: AdapterReader, names: list[str]) -
                 )
     prefix = experts.module + ".base_layer" * (len(names) - 1 - names.index(experts.name))
     shared = len(adapted) == len(experts.rows) and not adapter.description.canonical
-    return Fused(experts, adapted, shared, adapter.description.dim, prefix)
+    rank = adapter.parts[experts.weights[0][adapted[0]]][Factor.A].spec.shape[0]
+    return Fused(experts, adapted, shared, rank, prefix)

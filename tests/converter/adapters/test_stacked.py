@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from converter import UserError, hf_to_mcore, mcore_to_hf, verify
 from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
+from converter.adapters.fingerprint import fingerprint
 from converter.adapters.merge import merge
 from tests.converter.adapters.made import logits, save_adapter, with_adapter
 from tests.converter.family_suite import save_small
+from tests.converter.test_prediction_qwen import stacked
 
 TENSORS, WEIGHTS, CONFIG = "adapter_model.safetensors", "model.safetensors", "adapter_config.json"
 BLOCKS = {
@@ -174,3 +176,63 @@ def test_rows_of_all_experts_in_one_matrix_are_refused_by_name(tmp_path):
     adapter = save_adapter(base, tmp_path / "peft", target_modules=["out_proj"], target_parameters=["mlp.w1", "mlp.w2"])
     message = "changes `transformer.blocks.0.ffn.experts.mlp.w1`, a parameter of all experts that this family does not store"
     refused_by_both(adapter, base, tmp_path, message)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A model of Qwen3.5 with a weight for each expert, as transformers saves it, its twin with one tensor of all, as published,
+    and an adapter."""
+    folder = tmp_path_factory.mktemp("qwen")
+    single = save_small("qwen3_5_moe_text", folder / "single", dtype="float32")
+    whole = shutil.copytree(single, folder / "whole")
+    save_file(stacked(load_file(single / WEIGHTS)), whole / WEIGHTS, {"format": "pt"})
+    adapter = save_adapter(single, folder / "peft", target_modules=["o_proj"],
+                           target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])  # fmt: skip
+    return single, whole, adapter
+
+
+def test_a_base_with_one_tensor_of_all_experts_is_the_one_that_has_a_weight_for_each(qwen, tmp_path):
+    single, whole, adapter = qwen
+    assert fingerprint(whole) == fingerprint(single)
+    merge(single, adapter, tmp_path / "expected")
+    expected = stacked(load_file(tmp_path / "expected" / WEIGHTS))
+    adapter_to_mcore(adapter, tmp_path / "m", base=whole)
+    adapter_to_hf(tmp_path / "m", tmp_path / "twice")
+    adapter_to_hf(tmp_path / "m", tmp_path / "separate", experts="separate")
+    plain = load_file(whole / WEIGHTS)
+    for source in (adapter, tmp_path / "m", tmp_path / "twice", tmp_path / "separate"):
+        merge(whole, source, tmp_path / "merged", overwrite=True)
+        merged = load_file(tmp_path / "merged" / WEIGHTS)
+        assert merged.keys() == expected.keys() == plain.keys()
+        assert sum(not merged[name].equal(plain[name]) for name in merged) == len(load_file(adapter / TENSORS)) // 2
+        for name, tensor in merged.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("experts", ["fused", "separate"])
+def test_a_layer_that_an_adapter_for_such_a_base_lacks_is_named(qwen, tmp_path, experts):
+    _, whole, adapter = qwen
+    adapter_to_mcore(adapter, tmp_path / "m", base=whole)
+    adapter_to_hf(tmp_path / "m", tmp_path / "peft", experts=experts)
+
+    def change(tensors):
+        for name in [name for name in tensors if "layers.2.mlp.experts" in name]:
+            del tensors[name]
+
+    with pytest.raises(UserError, match=r"requests changes of `model.layers.2.mlp.experts.down_proj\[0\]`"):
+        merge(whole, changed(tmp_path / "peft", tmp_path / "a", change), tmp_path / "o")
+
+
+def test_experts_of_different_scales_are_not_merged_into_one_tensor(qwen, tmp_path):
+    _, whole, adapter = qwen
+    adapter_to_mcore(adapter, tmp_path / "m", base=whole)
+    adapter_to_hf(tmp_path / "m", tmp_path / "peft", experts="separate")
+    config = json.loads((tmp_path / "peft" / CONFIG).read_text())
+    (tmp_path / "peft" / CONFIG).write_text(json.dumps({**config, "alpha_pattern": {"experts.3.up_proj": 2}}))
+    with pytest.raises(UserError) as refused:
+        merge(whole, tmp_path / "peft", tmp_path / "o")
+    assert str(refused.value) == (
+        "`model.layers.0.mlp.experts.3.up_proj.weight` and `model.layers.0.mlp.experts.0.gate_proj.weight` have adapters of "
+        "different ranks or scales, and the base has one tensor for both\n\n"
+        "hint: `mbconvert hf-to-mcore` makes a base that has a weight for each expert"
+    )
