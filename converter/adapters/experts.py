@@ -303,12 +303,15 @@ def in_stacks(adapter: AdapterReader, single: Collection[Rule], stacked: Collect
     return replace(result, is_requested=is_requested)
 
 
+_SAVE_SINGLE = "transformers' `save_pretrained` writes such a base with a weight for each expert: merge into that"
+
+
 def _check_alike(layer: Fused, adapter: AdapterReader) -> None:
     """Raise UserError for adapters of single experts that are none of the tensor of all."""
     if adapter.description.method == "dora":
         raise UserError(
             f"the adapter is a DoRA of `{layer.first}`, and the base has one tensor of all experts, into which none is merged",
-            hint="`mbconvert hf-to-mcore` makes a base that has a weight for each expert",
+            hint=_SAVE_SINGLE,
         )
     for weights in layer.experts.weights:
         for weight in (weights[part] for part in layer.adapted):
@@ -317,7 +320,7 @@ def _check_alike(layer: Fused, adapter: AdapterReader) -> None:
                 raise UserError(
                     f"`{weight}` and `{layer.first}` have adapters of different ranks or scales, and the base has one tensor "
                     "for both",
-                    hint="`mbconvert hf-to-mcore` makes a base that has a weight for each expert",
+                    hint=_SAVE_SINGLE,
                 )
 
 

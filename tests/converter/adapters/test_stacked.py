@@ -223,16 +223,45 @@ def test_a_layer_that_an_adapter_for_such_a_base_lacks_is_named(qwen, tmp_path, 
         merge(whole, changed(tmp_path / "peft", tmp_path / "a", change), tmp_path / "o")
 
 
-def test_experts_of_different_scales_are_not_merged_into_one_tensor(qwen, tmp_path):
-    _, whole, adapter = qwen
-    adapter_to_mcore(adapter, tmp_path / "m", base=whole)
-    adapter_to_hf(tmp_path / "m", tmp_path / "peft", experts="separate")
-    config = json.loads((tmp_path / "peft" / CONFIG).read_text())
-    (tmp_path / "peft" / CONFIG).write_text(json.dumps({**config, "alpha_pattern": {"experts.3.up_proj": 2}}))
+@pytest.fixture(scope="module")
+def separate(qwen, tmp_path_factory):
+    """The same adapter as a module for each expert."""
+    folder = tmp_path_factory.mktemp("separate")
+    adapter_to_mcore(qwen[2], folder / "m", base=qwen[1])
+    adapter_to_hf(folder / "m", folder / "peft", experts="separate")
+    return folder / "peft"
+
+
+def unit_magnitudes(tensors):
+    for name in [name for name in tensors if name.endswith("lora_B.weight")]:
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = torch.ones(len(tensors[name]))
+
+
+HINT = "\n\nhint: transformers' `save_pretrained` writes such a base with a weight for each expert: merge into that"
+REFUSED = {
+    "scales": (
+        {"alpha_pattern": {"experts.3.up_proj": 2}},
+        (
+            "`model.layers.0.mlp.experts.3.up_proj.weight` and `model.layers.0.mlp.experts.0.gate_proj.weight` have adapters of "
+            "different ranks or scales, and the base has one tensor for both"
+        ),
+    ),
+    "dora": (
+        {"use_dora": True},
+        (
+            "the adapter is a DoRA of `model.layers.0.mlp.experts.0.gate_proj.weight`, and the base has one tensor of all "
+            "experts, into which none is merged"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_one_tensor_of_all_experts_cannot_take_is_refused(qwen, separate, tmp_path, kind):
+    fields, message = REFUSED[kind]
+    adapter = changed(separate, tmp_path / "a", unit_magnitudes if kind == "dora" else dict)
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | fields))
     with pytest.raises(UserError) as refused:
-        merge(whole, tmp_path / "peft", tmp_path / "o")
-    assert str(refused.value) == (
-        "`model.layers.0.mlp.experts.3.up_proj.weight` and `model.layers.0.mlp.experts.0.gate_proj.weight` have adapters of "
-        "different ranks or scales, and the base has one tensor for both\n\n"
-        "hint: `mbconvert hf-to-mcore` makes a base that has a weight for each expert"
-    )
+        merge(qwen[1], adapter, tmp_path / "o")
+    assert str(refused.value) == message + HINT
