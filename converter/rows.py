@@ -99,6 +99,11 @@ def share(number: int, groups: str) -> RowOrder:
     return order
 
 
+def widest(ranges: Iterable[RowRange]) -> int:
+    """Return the largest step of the ranges; 1 of none."""
+    return max((row_range.step for row_range in ranges), default=1)
+
+
 def covered(ranges: Iterable[RowRange], total: int) -> bool:
     """Do the ranges cover rows 0 to `total` of the tensor that is made once each, in order?
 

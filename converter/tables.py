@@ -121,7 +121,7 @@ def _table(rule: Rule, model: Model) -> Table:
 
 
 def _transform(rule: Rule, model: Model, ranges: Sequence[RowRange]) -> Transform | None:
-    step = max((row_range.step for row_range in ranges), default=1)
+    step = rows.widest(ranges)
     if not rule.is_moved and step == 1:
         return None
     plain = rule.rows_first_shapes(model)[0]

@@ -9,7 +9,7 @@ import copy
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +146,6 @@ def recipe(
     pretrain: Gpus,
     sft: Gpus,
     peft: Gpus,
-    targets: Sequence[str] = (),
     length: int = 4096,
     lr: float = 3e-4,
 ) -> Recipe:
@@ -154,7 +153,7 @@ def recipe(
 
     `title` is the model's name, and the recipe's (`Qwen2.5 0.5B`: `qwen25_0_5b`); `model` its `config.json`. Pretraining is on
     sequences of `length` tokens, in batches and for as many steps as Llama 3's, at `lr`, which decays to a tenth; fine-tuning on
-    4096 tokens. `targets` are the layers that get adapters; without any, all do.
+    4096 tokens.
     """
     family, *size = title.lower().split()
 
@@ -166,10 +165,7 @@ def recipe(
         return tuning_all(model, **sft.layout)
 
     def peft_config() -> RunConfig:
-        config = tuning_adapters(model, **peft.layout)
-        if targets:
-            config.peft.target_modules = list(targets)
-        return config
+        return tuning_adapters(model, **peft.layout)
 
     pretrain_config.__doc__ = pretrain.said_of(f"{title} from random weights")
     sft_config.__doc__ = sft.said_of(f"All of {title}")

@@ -15,9 +15,10 @@ from blake3 import blake3
 
 from converter import families, reference, side_files
 from converter.adapters.adapter import AdapterReader, Base, Delta
-from converter.adapters.experts import separate
+from converter.adapters.experts import in_stacks, separate
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.names import PREFIX, WEIGHT, adapted_modules, module_of
+from converter.adapters.parameters import fused_experts
 from converter.checks import check_filled
 from converter.config import make_model
 from converter.families import Family
@@ -121,8 +122,11 @@ def under_names_of(base: Source, adapter: AdapterReader) -> AdapterReader:
             )
         return adapter
     family, model = supported
-    adapter, _ = separate(adapter, families.find(base.reference.config["model_type"]).as_modules().RULES, model)
-    modules = _module_names(base, family, model)
+    named = families.find(base.reference.config["model_type"]).as_modules()
+    stacked = named.stacked_as(family)
+    adapter, _ = separate(adapter, named.RULES, model)
+    adapter = adapter if stacked == named else in_stacks(adapter, named.RULES, stacked.RULES, model)
+    modules = _module_names(base, family, stacked, model)
     names = {module: name for name, module in modules.items()}
 
     def is_requested(weight: str) -> bool:
@@ -140,11 +144,28 @@ def under_names_of(base: Source, adapter: AdapterReader) -> AdapterReader:
     return renamed
 
 
-def _module_names(base: Source, family: Family, model: Model) -> dict[str, str]:
-    """Return the tensors of a base whose names are not those of their modules, with the modules' names."""
+def stacks_of(base: Source) -> dict[str, tuple[str, ...]]:
+    """Return the tensors of a base that hold all experts of a layer, [experts, …], each with the names of single weights."""
+    supported = _supported_family(base)
+    every = fused_experts(supported[0].RULES, supported[1]) if supported else ()
+    return {layer.tensor: tuple(weight for (weight,) in layer.weights) for layer in every if layer.tensor in base.reader.specs}
+
+
+def _weights_of(base: Source) -> dict[str, TensorSpec]:
+    """Return the tensors of a base, with the weights of single experts in place of those that hold all."""
+    specs = dict(base.reader.specs)
+    for tensor, weights in stacks_of(base).items():
+        spec = specs.pop(tensor)
+        specs |= {weight: TensorSpec(weight, spec.shape[1:], spec.dtype) for weight in weights}
+    return specs
+
+
+def _module_names(base: Source, family: Family, named: Family, model: Model) -> dict[str, str]:
+    """Return the tensors of a base whose names are not those of their modules, with the modules' names. `named`: the family with
+    these."""
     if not family.ROOTS:
         return {}
-    specs, named = base.reader.specs, families.find(base.reference.config["model_type"]).as_modules()
+    specs = base.reader.specs
     tensors = (huggingface_tensors(rules, model, specs) for rules in (family.RULES, named.RULES))
     start = family.MODULE_ROOT.partition(".")[0] + "."
     passing = [name for name in specs if name.startswith(family.PASSTHROUGH_PREFIXES or ("\0",)) and not name.startswith(start)]
@@ -178,7 +199,7 @@ def survey(adapter: AdapterReader, base: Source, folder: Folder) -> Survey:
     Raises UserError for a weight that the base lacks, ties to another, or has with another shape or with a dtype that no change
     can be added to, for a change that is not finite, and for missing changes that the configuration requests.
     """
-    specs = base.reader.specs
+    specs = _weights_of(base)
     if not adapter.parts:
         raise UserError(f"the adapter `{folder.label}` changes no weights")
     _check_ties(base, adapter.parts)
@@ -188,7 +209,7 @@ def survey(adapter: AdapterReader, base: Source, folder: Folder) -> Survey:
             f"the adapter `{folder.label}` changes {list_names(missing)}, which `{base.label}` does not have",
             hint=_explain_missing(missing, specs),
         )
-    _check_complete(adapter, base, folder)
+    _check_complete(adapter, base, specs, folder)
     digest, nbytes = blake3(), dict[str, int]()
     for weight in sorted(adapter.parts):
         delta = adapter.read_delta(weight)
@@ -222,13 +243,13 @@ def _ties(source: Source) -> list[tuple[str, str]]:
     return [*tied_names(family.RULES, model).items()]
 
 
-def _check_complete(adapter: AdapterReader, base: Source, folder: Folder) -> None:
+def _check_complete(adapter: AdapterReader, base: Source, specs: Mapping[str, TensorSpec], folder: Folder) -> None:
     """Raise UserError if an adapter lacks changes that its configuration requests: a lost file or pipeline stage."""
-    candidates = _linear_layers(adapter, base) if adapter.all_linear else base.reader.specs
+    candidates = _linear_layers(adapter, base) if adapter.all_linear else specs
     lacking = [
         weight
         for weight in sorted(candidates)
-        if weight not in adapter.parts and len(base.reader.specs[weight].shape) == 2 and adapter.is_requested(weight)
+        if weight not in adapter.parts and len(specs[weight].shape) == 2 and adapter.is_requested(weight)
     ]
     if lacking:
         raise UserError(

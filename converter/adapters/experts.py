@@ -4,7 +4,7 @@ transformers 5 has a layer's experts in parameters `gate_up_proj` and `down_proj
 `target_parameters`: A [experts · rank, in] goes expert by expert, B [out, rank · experts] rank by rank, with all experts of each
 (`ParamWrapper` in PEFT's `tuners/lora/layer.py`). The inner parameter's tensors are under `base_layer`. vLLM calls this the 3-D
 layout, and that of a module for each expert, `experts.3.gate_proj`, the 2-D one (its documentation of LoRA adapters). Files of
-models, transformers 4 and rules have a weight for each expert.
+models, transformers 4 and rules have a weight for each expert, or one tensor of all (`converter.adapters.parameters`).
 """
 
 from __future__ import annotations
@@ -18,60 +18,13 @@ import numpy as np
 from converter.adapters.adapter import AdapterReader
 from converter.adapters.merged import RecentValues
 from converter.adapters.names import WEIGHT, Factor, is_linear, module_of, peft_name
+from converter.adapters.parameters import FusedExperts, fused_experts, in_transformers
 from converter.model import Model
 from converter.plan import TensorPlan, same_tensor
-from converter.rules import Rule, at, fill
+from converter.planned_reader import PlannedReader
+from converter.rules import Rule, at
 from formats.errors import UserError
 from formats.spec import Array, Reader, Region, TensorSpec
-
-IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
-"""The parameters of transformers' modules `experts`, in the order in which they define them: PEFT wraps the first one first."""
-
-_NUMBER = ".{expert}"
-
-
-@dataclass(frozen=True, slots=True)
-class FusedExperts:
-    """One parameter of all experts of a layer, and the weights in files that it is made of."""
-
-    name: str
-    """`model.layers.0.mlp.experts.gate_up_proj`"""
-
-    weights: tuple[tuple[str, ...], ...]
-    """For each expert the names of its weights, whose rows follow one another."""
-
-    rows: tuple[int, ...]
-    """The rows of each of an expert's weights."""
-
-    columns: int
-
-    @property
-    def module(self) -> str:
-        return self.name.rpartition(".")[0]
-
-
-def fused_experts(rules: Iterable[Rule], model: Model) -> Iterator[FusedExperts]:
-    """Yield the parameters of experts of all layers, in transformers' order. A rule has a tensor for each expert."""
-    experts = [rule for rule in rules if rule.is_expert and is_linear(rule)]
-    for layer in range(model.layers if experts else 0):
-        indices = at(model, layer)
-        for rule in experts:
-            if not rule.when(model, indices):
-                continue
-            shapes = rule.rows_first_shapes(model)
-            weights = tuple(rule.names({**indices, "expert": expert})[1] for expert in range(model.experts))
-            module = in_transformers(fill(rule.huggingface.partition(_NUMBER)[0], indices))
-            name = "down_proj" if rule.partition_dim == 1 else "gate_up_proj" if len(shapes) > 1 else "up_proj"
-            yield FusedExperts(f"{module}.{name}", weights, tuple(shape[0] for shape in shapes), shapes[0][1])
-
-
-def in_transformers(name: str) -> str:
-    """Return the name that transformers 5 has for a module of Mixtral's files (its `conversion_mapping.py`).
-
-    >>> in_transformers("model.layers.0.block_sparse_moe.gate.weight")
-    'model.layers.0.mlp.gate.weight'
-    """
-    return name.replace(".block_sparse_moe.", ".mlp.")
 
 
 class ComputedReader:
@@ -107,6 +60,8 @@ class _Share:
 
     source: TensorSpec
     factor: Factor
+    """Which of the parameter's tensors that is."""
+
     expert: int
     experts: int
     rows: slice
@@ -116,15 +71,25 @@ class _Share:
     parts: int = 1
     """Of the expert's ranks, which of how many equal parts."""
 
+    swapped: bool = False
+    """See `FusedExperts`."""
+
     @property
     def shape(self) -> tuple[int, int]:
         rank = self.source.shape[0 if self.factor is Factor.A else 1] // self.experts // self.parts
-        return (rank, self.source.shape[1]) if self.factor is Factor.A else (self.rows.stop - self.rows.start, rank)
+        rows, columns = (rank, self.source.shape[1]) if self.factor is Factor.A else (self.rows.stop - self.rows.start, rank)
+        return (columns, rows) if self.swapped else (rows, columns)
 
     def of(self, whole: Array) -> Array:
-        if self.factor is Factor.A:
-            ranks = whole.reshape(self.experts, self.parts, -1, whole.shape[1])
-            return ranks[self.expert, self.part]
+        """Return the tensor of the expert's weight."""
+        share = self._of_a(whole) if self.factor is Factor.A else self._of_b(whole)
+        return share.T if self.swapped else share
+
+    def _of_a(self, whole: Array) -> Array:
+        ranks = whole.reshape(self.experts, self.parts, -1, whole.shape[1])
+        return ranks[self.expert, self.part]
+
+    def _of_b(self, whole: Array) -> Array:
         ranks = whole[self.rows].reshape(self.rows.stop - self.rows.start, self.parts, -1, self.experts)
         return ranks[:, self.part, :, self.expert]
 
@@ -140,7 +105,7 @@ def separate(
     """
     fused, renamed = list(fused_experts(rules, model)), _renamed(rules, model)
     weights = {weight: experts.name for experts in fused for names in experts.weights for weight in names}
-    _refuse_others(adapter.parts.keys() - set(weights.values()))
+    _refuse_others(adapter.parts.keys() - weights.keys() - set(weights.values()))
     parted = {experts.name for experts in fused if by_part and _has_parts(experts, adapter)}
     parameters = weights | {weight: name for name, weight in renamed.items()}
     adapter = replace(adapter, is_requested=_requested(adapter.is_requested, parameters))
@@ -232,7 +197,8 @@ def _shares(layer: FusedExperts, adapter: AdapterReader, *, by_part: bool) -> It
         for number, weight in enumerate(names):
             rows, part = slice(firsts[number], firsts[number] + layer.rows[number]), number if by_part else 0
             for factor, spec in ((Factor.A, a), (Factor.B, b)):
-                yield peft_name(weight, factor), _Share(spec, factor, expert, experts, rows, part, parts)
+                share = _Share(spec, factor, expert, experts, rows, part, parts, layer.swapped)
+                yield peft_name(weight, layer.stored(factor)), share
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +219,11 @@ class Fused:
     """PEFT's name of the module: `model.layers.0.mlp.experts.base_layer`."""
 
     @property
+    def first(self) -> str:
+        """The first expert's first weight that has an adapter."""
+        return self.experts.weights[0][self.adapted[0]]
+
+    @property
     def total_rank(self) -> int:
         """The rank of the whole: that of each A one after another, unless they are the same."""
         return self.rank if self.shared else self.rank * len(self.adapted)
@@ -267,17 +238,20 @@ class Fused:
         """Read the tensors of all experts, and return theirs together; rows of B that no A is for are zero."""
         if factor is Factor.A:
             kept = self.adapted[:1] if self.shared else self.adapted
-            names = (peft_name(weights[part], factor) for weights in self.experts.weights for part in kept)
-            return np.concatenate([_read(reader, reader.specs[name]) for name in names])
+            return np.concatenate([self._of(weights[part], factor, reader) for weights in self.experts.weights for part in kept])
         count, rows = len(self.experts.weights), self.experts.rows
-        blocks = [[_read(reader, reader.specs[peft_name(names[part], factor)]) for part in self.adapted]
-                  for names in self.experts.weights]  # fmt: skip
+        blocks = [[self._of(names[part], factor, reader) for part in self.adapted] for names in self.experts.weights]
         out = np.zeros((sum(rows), self.total_rank * count), blocks[0][0].dtype)
         for expert, of_expert in enumerate(blocks):
             for number, (part, block) in enumerate(zip(self.adapted, of_expert, strict=True)):
                 first, column = sum(rows[:part]), 0 if self.shared else number * self.rank * count
                 out[first : first + rows[part], column + expert : column + self.rank * count : count] = block
         return out
+
+    def _of(self, weight: str, factor: Factor, reader: Reader) -> Array:
+        """Read what is a weight's of the tensor of all."""
+        values = _read(reader, reader.specs[peft_name(weight, self.experts.stored(factor))])
+        return values.T if self.experts.swapped else values
 
 
 def fuse(adapter: AdapterReader, reader: Reader, rules: Iterable[Rule], model: Model) -> tuple[AdapterReader, list[Fused]]:
@@ -306,6 +280,50 @@ def fuse(adapter: AdapterReader, reader: Reader, rules: Iterable[Rule], model: M
     return replace(adapter, reader=together, parts=parts), fused
 
 
+def in_stacks(adapter: AdapterReader, single: Collection[Rule], stacked: Collection[Rule], model: Model) -> AdapterReader:
+    """Return an adapter with the tensors of each expert's part of a tensor of all, in place of those of the weights in it.
+
+    `single`: the rules of these weights; `stacked`: those of the same model with one tensor of all experts. Raises UserError for
+    a DoRA of experts, and unless the weights of a layer's experts have one rank and one scale.
+    """
+    reader = PlannedReader(adapter.reader, adapter.tensor_plans)
+    together, fused = fuse(adapter, reader, single, model)
+    for layer in fused:
+        _check_alike(layer, adapter)
+    scales = {name: adapter.scales[name] for name in together.parts if name in adapter.scales}
+    scales |= {layer.experts.name: adapter.scales[layer.first] for layer in fused}
+    ranks = {layer.experts.name: layer.total_rank for layer in fused}
+    result, _ = separate(replace(together, scales=scales, ranks=ranks), stacked, model)
+    layers = zip(fused_experts(single, model), fused_experts(stacked, model), strict=True)
+    inside = {whole: weights for one, other in layers for weights, (whole,) in zip(one.weights, other.weights, strict=True)}
+
+    def is_requested(weight: str) -> bool:
+        return result.is_requested(weight) or any(map(adapter.is_requested, inside.get(weight, ())))
+
+    return replace(result, is_requested=is_requested)
+
+
+_SAVE_SINGLE = "transformers' `save_pretrained` writes such a base with a weight for each expert: merge into that"
+
+
+def _check_alike(layer: Fused, adapter: AdapterReader) -> None:
+    """Raise UserError for adapters of single experts that are none of the tensor of all."""
+    if adapter.description.method == "dora":
+        raise UserError(
+            f"the adapter is a DoRA of `{layer.first}`, and the base has one tensor of all experts, into which none is merged",
+            hint=_SAVE_SINGLE,
+        )
+    for weights in layer.experts.weights:
+        for weight in (weights[part] for part in layer.adapted):
+            rank = adapter.parts[weight][Factor.A].spec.shape[0]
+            if (rank, adapter.scales[weight]) != (layer.rank, adapter.scales[layer.first]):
+                raise UserError(
+                    f"`{weight}` and `{layer.first}` have adapters of different ranks or scales, and the base has one tensor "
+                    "for both",
+                    hint=_SAVE_SINGLE,
+                )
+
+
 def _fused_of(adapter: AdapterReader, every: Iterable[FusedExperts]) -> list[Fused]:
     present = [experts for experts in every if any(weight in adapter.parts for names in experts.weights for weight in names)]
     levels = {experts.module: [other.name for other in present if other.module == experts.module] for experts in present}
@@ -320,8 +338,9 @@ def _fuse_one(experts: FusedExperts, adapter: AdapterReader, names: list[str]) -
                 raise UserError(
                     f"`{weight}` has {'an' if part not in adapted else 'no'} adapter, and that of the first expert has "
                     f"{'none' if part not in adapted else 'one'}: PEFT has one for all experts of a layer, `{experts.name}`",
-                    hint="`--experts separate` writes a module for each",
+                    hint="is the checkpoint complete?" if experts.tensor else "`--experts separate` writes a module for each",
                 )
     prefix = experts.module + ".base_layer" * (len(names) - 1 - names.index(experts.name))
     shared = len(adapted) == len(experts.rows) and not adapter.description.canonical
-    return Fused(experts, adapted, shared, adapter.description.dim, prefix)
+    rank = adapter.parts[experts.weights[0][adapted[0]]][Factor.A].spec.shape[0]
+    return Fused(experts, adapted, shared, rank, prefix)

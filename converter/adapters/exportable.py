@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from converter.adapters.adapter import Description
-from converter.adapters.layout import TAKEN
+from converter.adapters.layout import by_parameter
 from converter.adapters.names import PARTS, AdaptedModule, describe_module, is_matrix, module_of
 from converter.model import Model
 from converter.rules import Rule, at
@@ -17,7 +17,7 @@ def refuse_unexportable(rules: Sequence[Rule], model: Model, description: Descri
 
     `rules`: with the names of transformers' modules. `trains_mtp`: whether the run has layers of multi-token prediction.
     """
-    has_experts = any(rule.is_expert and not rule.is_stacked for rule in rules)
+    parameters = by_parameter(rules)
     for rule, module in _chosen(rules, model, description):
         if "{mtp}" in rule.megatron:
             if trains_mtp:
@@ -25,10 +25,10 @@ def refuse_unexportable(rules: Sequence[Rule], model: Model, description: Descri
                     f"`peft` targets `{module.module}`, and PEFT has no layers of multi-token prediction",
                     hint="leave them out: `peft.exclude_modules=['mtp.*']`",
                 )
-        elif rule.is_stacked:
+        elif rule.flat:
             raise UserError(
-                f"`peft` targets `{module.target}`, and adapters of experts whose weights are one tensor, "
-                f"`{module.weights[0]}`, cannot be exported",
+                f"`peft` targets `{module.target}`, and the rows of all experts are one matrix, `{module.weights[0]}`, for which "
+                "PEFT has one A, not one for each expert",
                 hint="leave them out: `peft.exclude_modules=['*.experts.*']`",
             )
         elif description.canonical and _is_one_tensor(rule):
@@ -37,7 +37,7 @@ def refuse_unexportable(rules: Sequence[Rule], model: Model, description: Descri
                 f"`{module.weights[0]}`, and PEFT one adapter",
                 hint="set `peft.canonical=false`",
             )
-        elif description.method == "dora" and has_experts and _is_parameter(rule, module):
+        elif description.method == "dora" and (rule.is_expert or _last_names(module) & parameters):
             raise UserError(
                 f"`peft` targets `{module.target}`, for which PEFT has LoRA alone, as it adapts a parameter there, not a module",
                 hint="use `peft=lora`, or leave experts, shared experts and routers out with `peft.exclude_modules`",
@@ -63,7 +63,7 @@ def _chosen(rules: Iterable[Rule], model: Model, description: Description) -> It
 def _is_one_tensor(rule: Rule) -> bool:
     """Return whether a fused module's parts are one tensor in Hugging Face's model too."""
     last = _last(rule)
-    return (last == "linear_qkv" or (last == "linear_fc1" and len(rule.parts) > 1)) and len(rule.names(_ANY)[1]) == 1
+    return (last == "linear_qkv" or (last == "linear_fc1" and rule.partition_stride > 1)) and len(rule.names(_ANY)[1]) == 1
 
 
 def _last(rule: Rule) -> str:
@@ -73,5 +73,5 @@ def _last(rule: Rule) -> str:
 _ANY = {"layer": 0, "mixer": 0, "mlp": 0, "mtp": 0, "after": 0, "expert": 0}
 
 
-def _is_parameter(rule: Rule, module: AdaptedModule) -> bool:
-    return rule.is_expert or any(module_of(weight).rpartition(".")[2] in TAKEN for weight in module.weights)
+def _last_names(module: AdaptedModule) -> set[str]:
+    return {module_of(weight).rpartition(".")[2] for weight in module.weights}

@@ -9,7 +9,7 @@ and its exact copy in fp32 are equal, and a rounded copy is another model. Quant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -22,19 +22,24 @@ from converter import families, reference
 from converter.config import make_model
 from converter.dequantization import dequantized
 from converter.hybrid import layout_of
-from converter.plan import Piece, TensorPlan, check_dtypes, list_names, same_tensor
+from converter.model import Model
+from converter.plan import Piece, Specs, TensorPlan, check_dtypes, list_names, same_tensor
 from converter.planner import huggingface_tensors, to_huggingface
 from converter.recognize import refuse_unfit
+from converter.rows import RowRange
+from converter.rules import Rule, fill
 from converter.run import PieceBuffers, in_threads
 from converter.side_files import CONFIG, config_of
 from converter.sources import open_source
+from converter.tables import Tables
+from converter.transform import Transform
 from formats.detect import open_checkpoint
 from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.megatron_reader import MegatronReader
-from formats.spec import Reader, Region
+from formats.spec import Reader, Region, Shape, TensorSpec
 
 ROWS, WIDTH = 16, 256
 """Rows sampled of a matrix, and elements of each row; of a vector, `WIDTH` elements in all."""
@@ -77,10 +82,28 @@ def _plan_stored(reader: Reader, config: Mapping[str, Any], *, label: str) -> li
                 f"`{name}` has shape {list(reader.specs[name].shape)}, by `config.json` it should be {list(shape)}",
                 hint="either the weights or `config.json` are of another model",
             )
-    names = [name for name, _ in huggingface_tensors(plain.RULES, model, reader.specs)]  # those of the first root, as everywhere
-    stored = [reader.specs[name] for name in shapes]
-    check_dtypes({spec.name: spec for spec in stored})
-    return [same_tensor(replace(spec, name=name), spec) for name, spec in zip(names, stored, strict=True)]
+    check_dtypes({name: reader.specs[name] for name in shapes})
+    return list(_plan_as_everywhere(plain.RULES, family.RULES, model, reader.specs))
+
+
+def _plan_as_everywhere(plain: Iterable[Rule], own: Iterable[Rule], model: Model, specs: Specs) -> Iterator[TensorPlan]:
+    """Plan a source's weights under the names that all sources have here: those of `plain` rules. `own` are the source's, with
+    another root or with one tensor of all experts."""
+    for (table, indices), (stored, _) in zip(Tables(plain, model), Tables(own, model), strict=True):
+        if stored.is_stacked and not table.is_stacked:
+            yield from _plan_expert(table.owned_by(indices), specs[fill(stored.names[0], indices)], indices["expert"])
+        else:
+            for (name, _), (other, _) in zip(table.owned_by(indices), stored.owned_by(indices), strict=True):
+                yield same_tensor(replace(specs[other], name=name), specs[other])
+
+
+def _plan_expert(weights: Iterable[tuple[str, Shape]], stack: TensorSpec, expert: int) -> Iterator[TensorPlan]:
+    """Plan an expert's weights, whose rows follow one another in a tensor of all experts."""
+    first, transform = 0, Transform(to_megatron=True, stacked=True)
+    for name, shape in weights:
+        rows = (RowRange(0, first, 0, shape[0]),)
+        yield TensorPlan(TensorSpec(name, shape, stack.dtype), (stack,), rows, (expert,), transform)
+        first += shape[0]
 
 
 def _plan_exported(reader: MegatronReader, given: Folder | None) -> list[TensorPlan]:

@@ -22,7 +22,7 @@ from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, siz
 from converter.execution import Reporter
 from converter.plan import TensorPlan, list_names, same_tensor
 from converter.provenance import Provenance
-from converter.rows import RowRange, follow_one_another
+from converter.rows import RowRange, follow_one_another, widest
 from converter.rules import alternatives, is_layered
 from converter.side_files import SideFiles
 from converter.transform import Transform
@@ -207,7 +207,8 @@ def _plan_fused(spec: TensorSpec, parts: Sequence[TensorSpec], ranges: Sequence[
     """Plan a tensor from rows of others, and note whether it takes the rows of each from the first to the last: a tensor that is
     hashed while it is read has to be read in order."""
     in_order = all(follow_one_another([rows for rows in ranges if rows.part == part]) for part in range(len(parts)))
-    return TensorPlan(spec, tuple(parts), ranges, transform=None if in_order else Transform(to_megatron=True, in_order=False))
+    transform = Transform(to_megatron=True, widest=widest(ranges), in_order=False)
+    return TensorPlan(spec, tuple(parts), ranges, transform=None if in_order else transform)
 
 
 def _conversion(folder: Folder, base: BaseModel, planned: _Planned) -> Conversion:
@@ -238,11 +239,7 @@ def _conversion_plan(folder: Folder, base: BaseModel, planned: _Planned, copied:
         provenance=Provenance(
             command="adapter-to-mcore",
             fields=_provenance_fields(folder, base, planned, options),
-            tensors={
-                copy.source: adapter.reader.specs[copy.source]
-                for tensor_plan in planned.tensor_plans
-                for copy in tensor_plan.copies
-            },
+            tensors={name: adapter.reader.specs[name] for tensor_plan in planned.tensor_plans for name in tensor_plan.sources},
             passing="read",
             aliases=planned.aliases,
         ),

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from converter.adapters.adapter import AdapterReader
 from converter.adapters.base import PlannedReader
-from converter.adapters.experts import Fused, fuse, fused_experts, in_transformers
+from converter.adapters.experts import Fused, fuse
 from converter.adapters.megatron import MegatronAdapter
 from converter.adapters.names import WEIGHT, module_of
+from converter.adapters.parameters import FusedExperts, fused_experts, in_transformers
 from converter.adapters.peft_config import choose_targets
+from converter.rules import Rule
 from formats.errors import UserError
 
 Experts = Literal["fused", "separate"]
 EXPERTS: tuple[Experts, ...] = get_args(Experts)
 
-TAKEN = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+_TAKEN = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 """Last names of modules that PEFT 0.21, with transformers 5, takes for routers and experts of older files wherever they are
 (`_MOE_TARGET_MODULE_MAPPING` in its `transformers_weight_conversion.py`): such modules are requested by their parameter."""
+
+_ROUTERS = frozenset({"router"})
+"""Routers of GPT-OSS, Granite and Llama 4 are no linear layers in transformers, or return more than one does: PEFT adapts their
+parameter alone."""
+
+
+def by_parameter(rules: Iterable[Rule]) -> frozenset[str]:
+    """Return the last names of modules whose adapters PEFT is asked for by their parameter, in a family with experts."""
+    experts = [rule for rule in rules if rule.is_expert]
+    if not experts:
+        return frozenset()
+    return _ROUTERS if all(rule.is_stacked for rule in experts) else _TAKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,30 +48,43 @@ class Layout:
 def lay_out(source: MegatronAdapter, experts: Experts) -> Layout:
     """Return the layout for a checkpoint. `fused`: as transformers 5 has experts; `separate`: a module for each.
 
-    Raises UserError for DoRA of what PEFT has LoRA alone for.
+    Raises UserError for DoRA of what PEFT has LoRA alone for, and for modules of experts that no program has.
     """
     adapter, others, layers = source.adapter, source.others, source.model.layers
     every = list(fused_experts(source.rules, source.model))
     if not every:
         return Layout(adapter, choose_targets(_modules(adapter.parts), layers=layers, others=others))
     if experts == "separate":
-        inside = {weight for layer in every for names in layer.weights for weight in names}
-        _refuse_dora(adapter, inside)
+        _refuse_separate(adapter, every)
+        _refuse_dora(adapter, {weight for layer in every for names in layer.weights for weight in names})
         return Layout(adapter, choose_targets(_modules(adapter.parts), layers=layers, others=others))
     together, fused = fuse(adapter, PlannedReader(adapter.reader, adapter.tensor_plans), source.rules, source.model)
-    _refuse_dora(adapter, {name for name in together.parts if _is_parameter(name)})
+    names = by_parameter(source.rules)
+
+    def is_parameter(name: str) -> bool:
+        """Return whether PEFT is asked for a parameter, not for a module."""
+        return not name.endswith(WEIGHT) or module_of(name).rpartition(".")[2] in names
+
+    _refuse_dora(adapter, {name for name in together.parts if is_parameter(name)})
     absent = [in_transformers(f"{name}{WEIGHT}") for name in others]
     absent += [layer.name for layer in every if layer.name not in together.parts]
-    return Layout(together, _by_parameters(together.parts, absent, layers) | _patterns(fused, adapter))
+    targets = _choose_targets([*together.parts], absent, layers, is_parameter)
+    return Layout(together, targets | _patterns(fused, adapter))
 
 
 def _modules(weights: Iterable[str]) -> list[str]:
     return [module_of(weight) for weight in weights]
 
 
-def _is_parameter(name: str) -> bool:
-    """Return whether PEFT is asked for a parameter, not for a module."""
-    return not name.endswith(WEIGHT) or module_of(name).rpartition(".")[2] in TAKEN
+def _refuse_separate(adapter: AdapterReader, every: Iterable[FusedExperts]) -> None:
+    """Raise UserError for an adapter of experts that files have in one tensor."""
+    layer = next((layer for layer in every if layer.tensor and not adapter.parts.keys().isdisjoint(layer.weights[0])), None)
+    if layer:
+        raise UserError(
+            f"the checkpoint has adapters for `{layer.name}`, one parameter of all experts, and no program has a module for each "
+            "expert in this family",
+            hint="`--experts fused`, the default, writes what PEFT and vLLM read",
+        )
 
 
 def _refuse_dora(adapter: AdapterReader, names: Iterable[str]) -> None:
@@ -69,14 +96,16 @@ def _refuse_dora(adapter: AdapterReader, names: Iterable[str]) -> None:
         )
 
 
-def _by_parameters(names: Iterable[str], absent: Sequence[str], layers: int) -> dict[str, Any]:
+def _choose_targets(
+    names: Sequence[str], absent: Sequence[str], layers: int, is_parameter: Callable[[str], bool]
+) -> dict[str, Any]:
     """Return the fields that request these weights, some as modules and some as parameters."""
-    parameters = sorted(name for name in names if _is_parameter(name))
-    modules = [module_of(name) for name in names if not _is_parameter(name)]
+    parameters = sorted(name for name in names if is_parameter(name))
+    modules = [module_of(name) for name in names if not is_parameter(name)]
     missing = {_ending(name) for name in absent}
     endings = sorted({_ending(name) for name in parameters})
     chosen = parameters if missing & set(endings) else endings
-    others = [module_of(name) for name in absent if not _is_parameter(name)]
+    others = [module_of(name) for name in absent if not is_parameter(name)]
     empty: dict[str, Any] = {"target_modules": []}
     return {**(choose_targets(modules, layers=layers, others=others) if modules else empty), "target_parameters": chosen}
 

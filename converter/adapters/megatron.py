@@ -15,9 +15,10 @@ from converter.config import make_model
 from converter.hybrid import GPT, HYBRID
 from converter.model import Model
 from converter.plan import TensorPlan, list_names, same_tensor
-from converter.rows import RowRange
+from converter.rows import RowRange, widest
 from converter.rules import Rule
 from converter.side_files import HFReference
+from converter.transform import Transform
 from formats.detect import open_megatron
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
@@ -69,10 +70,11 @@ def open_megatron_adapter(folder: Folder) -> MegatronAdapter:
         reader=reader,
         parts=parts,
         scales=dict.fromkeys(parts, description.scale),
-        fan_in_fan_out=any(module.transposed for module in modules),
+        fan_in_fan_out=any(module.transposed and not module.is_stacked for module in modules),
     )
     has_towers = bool(family.PASSTHROUGH_PREFIXES)
-    others = [module_of(weight) for module in every for weight in module.weights if has_towers or weight not in parts]
+    single = [module for module in every if not module.is_stacked]
+    others = [module_of(weight) for module in single for weight in module.weights if has_towers or weight not in parts]
     return MegatronAdapter(adapter, reader, origin, family.RULES, model, others)
 
 
@@ -157,8 +159,8 @@ def _plan_part(
     spec = TensorSpec(peft_name(module.weights[part], factor), shape, stored.dtype)
     if factor is Factor.A:
         return same_tensor(spec, stored)
-    ranges = [RowRange(0, run.dst_row, run.src_row, run.rows) for run in module.row_ranges() if run.part == part]
-    return TensorPlan(spec, (stored,), ranges)
+    ranges = [RowRange(0, run.dst_row, run.src_row, run.rows, run.step) for run in module.row_ranges() if run.part == part]
+    return TensorPlan(spec, (stored,), ranges, transform=Transform(to_megatron=False, widest=widest(ranges)))
 
 
 def encode_description(description: Description) -> bytes:

@@ -11,7 +11,7 @@ from typing import Literal, Unpack, cast, get_args
 
 from converter.adapter_files import is_peft, refuse_adapter, require
 from converter.adapters.adapter import AdapterReader, Base
-from converter.adapters.base import open_base, survey, under_names_of
+from converter.adapters.base import open_base, stacks_of, survey, under_names_of
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.megatron import open_megatron_adapter
 from converter.adapters.merged import BLOCK_BYTES, RECENT, MergedReader
@@ -163,7 +163,8 @@ def _merged(model: Source, adapter: AdapterReader, folder: Folder, *, dtype: str
     with closing(model.reader):
         adapter = under_names_of(model, adapter)
         result = survey(adapter, model, folder)
-        reader = MergedReader(model.reader, adapter.read_delta, changed=adapter.parts.keys(), dtype=dtype)
+        changed, stacks = adapter.parts.keys(), stacks_of(model)
+        reader = MergedReader(model.reader, adapter.read_delta, changed=changed, stacks=stacks, dtype=dtype)
         yield replace(
             model, reader=reader, adapter=result.provenance, memory=model.memory + _memory(result.nbytes, workers=workers)
         )

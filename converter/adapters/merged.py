@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from converter.adapters.adapter import Delta
 from converter.values import cast_into, target_dtype
 from formats.arrays import Buffer, copy
-from formats.spec import DTYPES, Array, Reader, Region, extent
+from formats.spec import DTYPES, Array, Reader, Region, Shape, TensorSpec, extent
 
 BLOCK_BYTES = 1 << 20
 """The most bytes of a block in fp32: it should stay in a processor's cache."""
@@ -38,41 +38,81 @@ weights alternate in a fused one."""
 _FP32 = DTYPES["fp32"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A weight that changes, [out, in] as it is stored, and where it is: a tensor, or one expert's share of it."""
+
+    name: str
+    tensor: TensorSpec
+    expert: int | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return self.tensor.shape if self.expert is None else self.tensor.shape[1:]
+
+    def read(self, reader: Reader, region: Region, out: Array) -> None:
+        """Read a region of the weight from the reader of its tensor."""
+        if self.expert is None:
+            reader.read(self.tensor.name, region, out)
+        else:
+            reader.read(self.tensor.name, (slice(self.expert, self.expert + 1), *region), out[np.newaxis])
+
+
 class MergedReader:
     """Read the tensors of `reader` with deltas added to the weights `changed`, which have the deltas' shapes.
 
-    Changed weights have the dtype `dtype`, the others their own. `read_delta` returns the delta of one weight.
+    `stacks`: the tensors that hold all experts of a layer, [experts, …], each with the names of its experts' weights, of which
+    all change or none does. Changed weights have the dtype `dtype`, the others their own. `read_delta` returns the delta of one
+    weight.
     """
 
-    def __init__(self, reader: Reader, read_delta: Callable[[str], Delta], *, changed: Collection[str], dtype: str) -> None:
-        self._reader, self._changed = reader, changed
+    def __init__(
+        self,
+        reader: Reader,
+        read_delta: Callable[[str], Delta],
+        *,
+        changed: Collection[str],
+        stacks: Mapping[str, Sequence[str]] | None = None,
+        dtype: str,
+    ) -> None:
+        self._reader = reader
+        self._stacks = {tensor: weights for tensor, weights in (stacks or {}).items() if weights[0] in changed}
+        self._changed = {name for name in reader.specs if name in changed or name in self._stacks}
         self._deltas = RecentValues(read_delta)
         self._local = threading.local()
         self.specs = {
-            name: replace(spec, dtype=target_dtype(spec, dtype)) if name in changed else spec
+            name: replace(spec, dtype=target_dtype(spec, dtype)) if name in self._changed else spec
             for name, spec in reader.specs.items()
         }
 
     def read(self, name: str, region: Region, out: Array) -> None:
+        spec = self._reader.specs[name]
         if name not in self._changed:
-            return self._reader.read(name, region, out)
-        spec, rows, delta = self._reader.specs[name], region[0], self._deltas.get(name)
-        if delta.magnitude is not None and region[1:] != spec.full_region[1:]:
-            return self._read_parts(name, region, out)
-        stored = out if out.dtype == spec.dtype else self._buffers()[0].view(extent(region), spec.dtype)
-        self._reader.read(name, region, stored)
-        for block in blocks(rows, spec.shape):
+            self._reader.read(name, region, out)
+        elif name not in self._stacks:
+            self._read(_Weight(name, spec), region, out)
+        else:
+            for index, expert in enumerate(range(region[0].start, region[0].stop)):
+                self._read(_Weight(self._stacks[name][expert], spec, expert), region[1:], out[index])
+
+    def _read(self, weight: _Weight, region: Region, out: Array) -> None:
+        rows, delta, dtype = region[0], self._deltas.get(weight.name), weight.tensor.dtype
+        if delta.magnitude is not None and extent(region[1:]) != weight.shape[1:]:
+            return self._read_parts(weight, region, out)
+        stored = out if out.dtype == dtype else self._buffers()[0].view(extent(region), dtype)
+        weight.read(self._reader, region, stored)
+        for block in blocks(rows, weight.shape):
             start, stop = max(block.start, rows.start), min(block.stop, rows.stop)
             band = slice(start - rows.start, stop - rows.start)
-            cast_into(out[band], self._add(delta, block, (slice(start, stop), region[1]), stored[band]), name=name)
+            cast_into(out[band], self._add(delta, block, (slice(start, stop), region[1]), stored[band]), name=weight.name)
         return None
 
-    def _read_parts(self, name: str, region: Region, out: Array) -> None:
+    def _read_parts(self, weight: _Weight, region: Region, out: Array) -> None:
         """Read a region of some columns by reading whole rows: DoRA's factor depends on all of a row."""
-        full = self.specs[name].full_region
+        columns = weight.shape[1]
         for index, row in enumerate(range(region[0].start, region[0].stop)):
-            merged = np.empty((1, *self.specs[name].shape[1:]), out.dtype)
-            self.read(name, (slice(row, row + 1), *full[1:]), merged)
+            merged = np.empty((1, columns), out.dtype)
+            self._read(weight, (slice(row, row + 1), slice(0, columns)), merged)
             copy(out[index], merged[(0, *region[1:])])
 
     def close(self) -> None:

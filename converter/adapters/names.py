@@ -88,6 +88,9 @@ class AdaptedModule:
     transposed: bool = False
     """Whether the weights are stored as [in, out] (transformers' Conv1D). A and B are as for a linear layer."""
 
+    is_stacked: bool = False
+    """Whether the weight is that of one expert in a tensor of all: a parameter for PEFT, not a module."""
+
     @property
     def module(self) -> str:
         """The Megatron module that it is attached to. A module may have several adapters."""
@@ -150,8 +153,11 @@ def fits(pattern: str, name: str) -> bool:
 
 def is_linear(rule: Rule) -> bool:
     """Return whether a rule is for the weight of a linear layer of the decoder, stored as [out, in] or as [in, out]. A norm over
-    each head has two dimensions too."""
-    return is_matrix(rule) and is_layered(rule) and not rule.is_stacked
+    each head has two dimensions too.
+
+    Rows of all experts in one matrix (DBRX) are no linear layers: for PEFT they have one A, and Megatron has one for each expert.
+    """
+    return is_matrix(rule) and is_layered(rule) and not rule.flat
 
 
 def is_matrix(rule: Rule) -> bool:
@@ -161,14 +167,21 @@ def is_matrix(rule: Rule) -> bool:
     return is_inside and has_matrices and rule.megatron.endswith(WEIGHT) and not rule.offset
 
 
+def weights_of(rule: Rule, indices: Indices) -> tuple[str, ...]:
+    """Return the names of the Hugging Face weights of one expert, or of a layer without experts. Where a tensor holds all experts
+    along an axis of their own, the weight is named as in Python: `model.layers.0.mlp.experts.down_proj[3]`."""
+    names = rule.names(indices)[1]
+    return tuple(f"{name}[{indices['expert']}]" for name in names) if rule.is_stacked and not rule.flat else names
+
+
 def describe_module(rule: Rule, indices: Indices, model: Model) -> AdaptedModule:
     """Return the adapter of the whole Megatron module that a rule describes."""
-    megatron, weights = rule.names(indices)
+    megatron, weights = rule.names(indices)[0], weights_of(rule, indices)
     module, shapes = module_of(megatron), rule.rows_first_shapes(model)
     rows = tuple(shape[0] for shape in shapes)
     row_ranges = partial(rule.row_ranges, model)
     target = EXPERTS.sub(".experts.", module)
-    return AdaptedModule(f"{module}.adapter", target, weights, rows, shapes[0][1], row_ranges, rule.transposed)
+    return AdaptedModule(f"{module}.adapter", target, weights, rows, shapes[0][1], row_ranges, rule.transposed, rule.is_stacked)
 
 
 def _separate(rule: Rule, indices: Indices, model: Model) -> Iterator[AdaptedModule]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from converter.adapter_files import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS
 from converter.adapters import peft_config
 from converter.adapters.adapter import AdapterReader, Base, Description
-from converter.adapters.experts import IN_ORDER
 from converter.adapters.names import PREFIX, WEIGHT, Factor, factors, module_of, peft_name
+from converter.adapters.parameters import IN_ORDER
 from converter.adapters.peft_config import ALL_LINEAR, PeftConfig, as_tuple
 from converter.plan import TensorPlan, as_stored, list_names
 from formats.errors import UserError, format_untrusted
@@ -51,7 +51,7 @@ def open_peft_adapter(folder: Folder) -> PeftAdapter:
         parts,
         scales={weight: config.scale(module_of(weight)) for weight in parts},
         ranks={weight: config.rank(module_of(weight)) for weight in parts},
-        is_requested=lambda weight: config.targets(module_of(weight)),
+        is_requested=lambda weight: config.targets(module_of(weight)) or config.targets_parameter(weight),
         all_linear=config.target_modules == ALL_LINEAR,
         fan_in_fan_out=config.fan_in_fan_out,
     )
@@ -122,9 +122,8 @@ def _modules_of(modules: Iterable[str], config: PeftConfig) -> dict[str, str]:
     module_of: dict[str, str] = {}
     for module in modules:
         owner = module.replace(".base_layer", "")
-        targeted = (
-            [name for name in IN_ORDER if config.targets_parameter(f"{owner}.{name}")] if owner.endswith(".experts") else []
-        )
+        names = next((names for end, names in IN_ORDER.items() if owner.endswith(f".{end}")), ())
+        targeted = [name for name in names if config.targets_parameter(f"{owner}.{name}")]
         depth = module.count(".base_layer")
         module_of[f"{owner}.{targeted[-1 - depth]}" if depth < len(targeted) else f"{module}{WEIGHT}"] = module
     return module_of

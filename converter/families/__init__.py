@@ -90,6 +90,14 @@ class Family:
         """Return the family with the names of transformers' modules."""
         return self._under(self.MODULE_ROOT) if self.MODULE_ROOT else self
 
+    def stacked_as(self, other: Family) -> Family:
+        """Return the family with one tensor of all experts where another, of the same model, has one."""
+        pairs = zip(self.RULES, other.RULES, strict=True)
+        whole = (
+            replace(rule, huggingface=self._whole(rule.huggingface)) if theirs.is_stacked else rule for rule, theirs in pairs
+        )
+        return replace(self, RULES=tuple(whole))
+
     def _under(self, root: str) -> Family:
         def moved(name: str) -> str:
             return _moved(name, self.ROOTS[0], root)
@@ -98,11 +106,13 @@ class Family:
 
     def _stacked(self, names: Container[str], template: str) -> str:
         """Return the name of a tensor of all experts in place of a single expert's, if the first such layer has that tensor."""
-        for single, stacked in self.STACKED.items():
-            whole = template.removesuffix(single) + stacked
-            if template.endswith(single) and fill(whole, dict.fromkeys(("layer", "mtp"), 0)) in names:
-                return whole
-        return template
+        whole = self._whole(template)
+        return whole if fill(whole, dict.fromkeys(("layer", "mtp", "expert"), 0)) in names else template
+
+    def _whole(self, template: str) -> str:
+        """Return the name of a tensor of all experts in place of a single expert's; others as they are."""
+        endings = ((single, whole) for single, whole in self.STACKED.items() if template.endswith(single))
+        return next((template.removesuffix(single) + whole for single, whole in endings), template)
 
     @property
     def _embedding(self) -> str:

@@ -146,7 +146,8 @@ def machines() -> list[Any]:
 
     def slow(name: str, kind: str) -> bool:
         recipe = recipes.find(name)
-        many = recipe.model.get("num_experts") or recipe.model.get("n_routed_experts") or 0
+        counts = ("num_experts", "n_routed_experts", "num_local_experts")
+        many = next((recipe.model[count] for count in counts if count in recipe.model), 0)
         return (kind == "sft" and recipe.sft_gpus == recipe.gpus) or (kind == "peft" and many >= 64)
 
     pairs = ((name, kind) for name in PUBLISHED for kind in KINDS)

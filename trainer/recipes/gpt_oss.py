@@ -46,8 +46,6 @@ def model(layers: int, experts: int) -> dict[str, Any]:
 
 
 MODEL_20B = model(24, 32)
-ATTENTION = ("linear_qkv", "linear_proj")
-"""What adapters stand beside: PEFT's could not hold those of experts whose weights are one tensor with transposed rows."""
 
 RECIPES = (
     recipe(
@@ -55,15 +53,13 @@ RECIPES = (
         MODEL_20B,
         pretrain=on(8, 61, ep=8, **recomputed()),
         sft=on(8, 61, ep=8, **recomputed()),
-        peft=on(1, 59),
-        targets=ATTENTION,
+        peft=on(1, 53, **recomputed()),
     ),
     recipe(
         "GPT-OSS 120B",
         model(36, 128),
         pretrain=on(64, 65, ep=16, pp=4),
         sft=on(64, 51, ep=16, pp=4),
-        peft=on(8, 56, ep=8),
-        targets=ATTENTION,
+        peft=on(8, 43, ep=8, **recomputed()),
     ),
 )

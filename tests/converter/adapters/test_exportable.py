@@ -31,7 +31,13 @@ def _check(name, *, trains_mtp=False, changes=None, **description):
         ("qwen3_moe", {"canonical": True, "target_modules": (*LINEARS, "router")}),
         ("qwen3_moe", {"method": "dora", "target_modules": ("linear_qkv", "linear_proj")}),
         ("deepseek_v3", {"method": "dora", "target_modules": LATENT}),
-        ("gpt_oss", {"exclude_modules": ("*.experts.*",)}),
+        ("gpt_oss", {"target_modules": (*LINEARS, "router")}),
+        ("gpt_oss", {"method": "dora", "exclude_modules": ("*.experts.*",)}),
+        ("gpt_oss", {"canonical": True, "exclude_modules": ("*.experts.linear_fc1",)}),
+        ("llama4_text", {"target_modules": (*LINEARS, "router")}),
+        ("llama4_text", {"method": "dora", "exclude_modules": ("*.mlp.experts.*",)}),
+        ("granitemoe", {}),
+        ("dbrx", {"exclude_modules": ("*.experts.*",)}),
     ],
 )
 def test_what_peft_can_hold_is_not_refused(name, description):
@@ -52,10 +58,13 @@ def test_what_peft_can_hold_is_not_refused(name, description):
         ),
         ("qwen3_moe", {"method": "dora", "target_modules": ("router",)}, r"mlp.router`, for which PEFT has LoRA alone"),
         ("deepseek_v3", {"method": "dora", "target_modules": ("*.shared_experts.*",)}, r"shared_experts.linear_fc1`, for which"),
+        ("gpt_oss", {"method": "dora"}, r"targets `decoder.layers.0.mlp.experts.linear_fc1`, for which PEFT has LoRA alone"),
+        ("gpt_oss", {"method": "dora", "target_modules": ("router",)}, r"mlp.router`, for which PEFT has LoRA alone"),
+        ("gpt_oss", {"canonical": True}, r"several adapters of `.*experts.linear_fc1`, but .*`.*gate_up_proj\[0\]`"),
         (
-            "gpt_oss",
+            "dbrx",
             {},
-            r"targets `decoder.layers.0.mlp.experts.linear_fc1`, and adapters of experts whose weights are one tensor",
+            r"`decoder.layers.0.mlp.experts.linear_fc1`, and the rows of all experts are one matrix, `.*mlp.w1`, for which",
         ),
         (
             "deepseek_v3",

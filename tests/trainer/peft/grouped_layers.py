@@ -17,10 +17,12 @@ class _Grouped(torch.nn.Module):
     axis = 0
 
     def __init__(
-        self, num_gemms: int, input_size: int, output_size: int, *, config: Any, init_method: Any, pg_collection: Any, **_: Any
-    ) -> None:
+        self, num_gemms: int, input_size: int, output_size: int, *, config: Any, init_method: Any, bias: bool = False,
+        skip_bias_add: bool = False, pg_collection: Any, **_: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config, self.num_gemms, self._pg_collection = config, num_gemms, pg_collection
+        self.use_bias, self.returns_bias = bias, bias and skip_bias_add
         self._tp_group = pg_collection.expt_tp
         ranks, sizes = self._tp_group.size(), [output_size, input_size]
         sizes[self.axis] //= ranks
@@ -30,21 +32,31 @@ class _Grouped(torch.nn.Module):
                                           rank=self._tp_group.rank(), world_size=ranks)  # fmt: skip
             weight.allreduce = not (config.expert_model_parallel_size > 1 or ranks != config.tensor_model_parallel_size)
             setattr(self, f"weight{index}", weight)
+            if bias:
+                setattr(self, f"bias{index}", torch.nn.Parameter(torch.zeros(sizes[0], dtype=config.params_dtype)))
+                getattr(self, f"bias{index}").allreduce = weight.allreduce
 
-    def forward(self, tokens: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, None]:
-        parts = enumerate(tokens.split(tokens_per_expert))
-        return torch.cat([torch.nn.functional.linear(part, getattr(self, f"weight{index}")) for index, part in parts]), None
+    def forward(self, tokens: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        biases = [getattr(self, f"bias{index}") if self.use_bias else None for index in range(self.num_gemms)]
+        added = biases if not self.returns_bias else [None] * self.num_gemms
+        outputs = [
+            torch.nn.functional.linear(part, getattr(self, f"weight{index}"), added[index])
+            for index, part in enumerate(tokens.split(tokens_per_expert))
+        ]
+        return torch.cat(outputs), biases if self.returns_bias else None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         ep, state = self._pg_collection.ep, {}
         for index in range(self.num_gemms):
             offset = (len(sharded_offsets), ep.rank() * self.num_gemms + index, ep.size() * self.num_gemms)
-            (tensor,) = make_sharded_tensors_for_checkpoint(
-                {"weight": getattr(self, f"weight{index}")}, prefix, {"weight": self.axis}, (*sharded_offsets, offset),
-                tp_group=self._tp_group, dp_cp_group=metadata["dp_cp_group"],
-            ).values()  # fmt: skip
-            tensor.replica_id = (*tensor.replica_id[:2], self._pg_collection.expt_dp.rank())
-            state[f"{prefix}weight{index}"] = tensor
+            axes = {"weight": self.axis} | ({"bias": 0} if self.axis == 0 else {})
+            tensors = make_sharded_tensors_for_checkpoint(
+                {name: getattr(self, f"{name}{index}") for name in ("weight", "bias")[: 1 + self.use_bias]}, prefix, axes,
+                (*sharded_offsets, offset), tp_group=self._tp_group, dp_cp_group=metadata["dp_cp_group"],
+            )  # fmt: skip
+            for key, tensor in tensors.items():
+                tensor.replica_id = (*tensor.replica_id[:2], self._pg_collection.expt_dp.rank())
+                state[f"{key}{index}"] = tensor
         return state
 
 

@@ -21,6 +21,9 @@ TARGETS = {
     "mixtral": ["linear_qkv", *EVERY],
     "qwen2_moe": ["linear_qkv", *EVERY],
     "deepseek_v3": [*LATENT, *EVERY],
+    "gpt_oss": ["linear_qkv", *EVERY],
+    "llama4_text": ["linear_qkv", *EVERY],
+    "granitemoe": ["linear_qkv", *EVERY],
 }
 EP2 = {"model__expert_model_parallel_size": 2}
 FEW = 4
