@@ -195,8 +195,8 @@ _QUANTIZATION_MODULE = "transformer_engine.pytorch.quantization"
 def layers_restored() -> Iterator[None]:
     """Restore what a model's layers leave in this process, so that another model can follow.
 
-    Transformer Engine keeps the kernels of attention that it chose for the last model, whatever the variables say by then, and the
-    largest values of delayed scaling, with the process group that shares them.
+    Transformer Engine keeps the kernels of attention that it chose for the last model, whatever the variables say by then, and
+    the largest values of delayed scaling, with the process group that shares them.
     """
     before = {name: os.environ.get(name) for name in _ATTENTION}
     try:

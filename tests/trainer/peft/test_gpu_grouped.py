@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.trainer import small
 from tests.trainer.peft.test_experts import train
 from tests.trainer.peft.test_grouped import one_product_is_that_of_each
+from tests.trainer.peft.test_moe_families import export_is_in_peft_what_it_is_here
 
 pytestmark = pytest.mark.gpu
 
@@ -27,3 +29,11 @@ def test_grouped_experts_go_on_where_single_ones_stopped(canonical, ranks, tmp_p
 
 def test_one_product_for_all_experts_is_that_of_each(ranks, model_folder):
     one_product_is_that_of_each(ranks, model_folder, "gpu")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text", "granitemoe"])
+def test_what_is_exported_is_in_peft_what_it_is_here(family, ranks, tmp_path):
+    def run(path, settings):
+        return ranks.run(small.train, 1, path, settings | {"dist__device": "gpu"})[0]
+
+    export_is_in_peft_what_it_is_here(family, run, tmp_path, tolerance=1e-3)

@@ -36,22 +36,29 @@ def _train(folder, changes, grouped):
     return small.train(folder, changes)
 
 
-@pytest.mark.parametrize("how", ["single", "grouped"])
-@pytest.mark.parametrize("family", TARGETS)
-def test_what_is_exported_is_in_peft_what_it_is_here(family, how, ranks, tmp_path):
+def export_is_in_peft_what_it_is_here(family, run, folder, tolerance=test_parity.TOLERANCE):
+    """`run(path of a model, settings)` trains on some ranks and returns the history of one of them."""
     from trainer.peft import LoRA
 
     model = small_model(family, dtype="float32")
     model.config.eos_token_id = model.generation_config.eos_token_id = END
-    folder = models.save(model, tmp_path / "hf")
+    base = models.save(model, folder / "hf")
     method = LoRA(dim=4, alpha=8, target_modules=TARGETS[family])
-    changes = {**SHORT, **EP2, "peft": method, "optimizer__lr": 2e-2}
-    whole, *_ = ranks.run(_train, 2, str(folder), changes, how == "grouped")
-    saving = {"checkpoint__save": str(tmp_path / "run"), "train__exit_interval": FEW - 1}
-    ranks.run(_train, 2, str(folder), changes | saving, how == "grouped")
-    adapter_to_hf(tmp_path / "run", tmp_path / "adapter")
-    assert loss_in_peft(folder, tmp_path / "adapter", FEW - 1) == pytest.approx(whole.losses[-1], abs=test_parity.TOLERANCE)
-    assert abs(loss_in_peft(folder, None, FEW - 1) - whole.losses[-1]) > 10 * test_parity.TOLERANCE
+    settings = {**SHORT, "peft": method, "optimizer__lr": 2e-2}
+    whole = run(str(base), settings)
+    run(str(base), {**settings, "checkpoint__save": str(folder / "run"), "train__exit_interval": FEW - 1})
+    adapter_to_hf(folder / "run", folder / "adapter")
+    assert loss_in_peft(base, folder / "adapter", FEW - 1) == pytest.approx(whole.losses[-1], abs=tolerance)
+    assert abs(loss_in_peft(base, None, FEW - 1) - whole.losses[-1]) > 10 * tolerance
+
+
+@pytest.mark.parametrize("how", ["single", "grouped"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_what_is_exported_is_in_peft_what_it_is_here(family, how, ranks, tmp_path):
+    def run(path, settings):
+        return ranks.run(_train, 2, path, settings | EP2, how == "grouped")[0]
+
+    export_is_in_peft_what_it_is_here(family, run, tmp_path)
 
 
 @pytest.mark.parametrize("canonical", [False, True], ids=["fused", "canonical"])
