@@ -94,7 +94,7 @@ def weights_writer(
     model, scope = plan.model, megatron.get("qk_layernorm_scope", "head")
     hybrid, last = model.get("hybrid", False), layout.rank(layout.stage(model.megatron_layers), 0)
     weights = starmap(ShardedTensor, sharded(plan, layout))
-    if states:  # go through them again and again
+    if states:  # each goes through them again
         weights = list(weights)
     divided_alike = (ShardedTensor(of[spec.name], chunks) for of in states for spec, chunks in weights if spec.name in of)
     weightless = list(weightless_modules({tensor_plan.spec.name for tensor_plan in plan.tensors}, hybrid=hybrid))
