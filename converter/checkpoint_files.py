@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import starmap
+from itertools import chain, starmap
 from typing import Any
 
 from converter.config import Config
@@ -93,10 +93,13 @@ def weights_writer(
     the weights, which it is divided like; `run`: what else there is of a training run."""
     model, scope = plan.model, megatron.get("qk_layernorm_scope", "head")
     hybrid, last = model.get("hybrid", False), layout.rank(layout.stage(model.megatron_layers), 0)
-    weights = list(starmap(ShardedTensor, sharded(plan, layout)))
+    weights = starmap(ShardedTensor, sharded(plan, layout))
+    if states:  # each goes through them again
+        weights = list(weights)
+    divided_alike = (ShardedTensor(of[spec.name], chunks) for of in states for spec, chunks in weights if spec.name in of)
     weightless = list(weightless_modules({tensor_plan.spec.name for tensor_plan in plan.tensors}, hybrid=hybrid))
     return TorchDistWriter(
-        [*weights, *(ShardedTensor(of[spec.name], chunks) for of in states for spec, chunks in weights if spec.name in of)],
+        chain(weights, divided_alike),
         iteration=iteration,
         stacked=model.get("stacked", True),
         stateful_module=partial(stateful_module, hybrid=hybrid, own_head_norms=scope != "head"),

@@ -8,7 +8,7 @@ between. Only the rows that pad a vocabulary differ: their number depends on ten
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -149,9 +149,7 @@ def plan_reshard(
 
 def _recognize(reader: MegatronReader, root: Folder, wanted: ReshardOptions, run: TrainingRun | None) -> _Reshard:
     origin, unknown = _reference(reader, wanted)
-    kind, before = origin.config.get("model_type"), layout_of(reader.specs)
-    stored = families.find(kind, before).rooted(specs_of(origin.shards))
-    family = families.find(kind, wanted.layout or before).rooted(specs_of(origin.shards))
+    stored, family = _families(origin, reader, wanted)
     megatron, multiple = to_megatron(family.CONFIG, origin.config), _vocab_multiple(reader, wanted)
     model = make_model(family.CONFIG, origin.config, vocab_multiple=multiple * wanted.tp)
     check_padding(model, divisible_by=multiple, tp=wanted.tp)
@@ -159,11 +157,14 @@ def _recognize(reader: MegatronReader, root: Folder, wanted: ReshardOptions, run
     stages = layers_per_stage(wanted.pp_layout, mtp=model.get("mtp", 0))
     layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=stages, ep=wanted.ep, etp=etp)
     tensors, extras = _with_extras(reader, origin, family, model)
+    source = megatron_source(reader, root, origin, JoinedReader(tensors, run.reader) if run else tensors)
+    origin = replace(origin, shards={})  # a plan does not need its hundreds of thousands of names
+    source = replace(source, reference=origin)
     plan = _plan(family, model, _stored(stored, origin, reader.specs), dtype=wanted.dtype)
     if run:
         refuse_casts(plan.tensors)
     return _Reshard(
-        source=megatron_source(reader, root, origin, JoinedReader(tensors, run.reader) if run else tensors),
+        source=source,
         family=family,
         megatron={**megatron, **({"vocab_size": None, "padded_vocab_size": model.padded_vocab} if unknown else {})},
         model=model,
@@ -176,6 +177,12 @@ def _recognize(reader: MegatronReader, root: Folder, wanted: ReshardOptions, run
         run=run,
         states=state_plans(plan.tensors, run) if run else (),
     )
+
+
+def _families(origin: HFReference, reader: MegatronReader, wanted: ReshardOptions) -> tuple[Family, Family]:
+    """Return the model's family in the layout of the source, and in that of the output."""
+    kind, names, before = origin.config.get("model_type"), specs_of(origin.shards), layout_of(reader.specs)
+    return families.find(kind, before).rooted(names), families.find(kind, wanted.layout or before).rooted(names)
 
 
 def _reference(reader: MegatronReader, wanted: ReshardOptions) -> tuple[HFReference, bool]:

@@ -152,8 +152,9 @@ class TorchDistReader:
         if not shape or shape[0] > MOST_LAYERS:
             raise UserError(f"`{key}` has shape {list(shape)}, whose first size should be the number of layers")
         self._numbered[key] = stacked.end(1) + 1
+        of_layer = shape[1:]
         for row in range(shape[0]):
-            self._add_experts(key, f"{stacked[1]}.{row}.{stacked[2]}", shape[1:], dtype)
+            self._add_experts(key, f"{stacked[1]}.{row}.{stacked[2]}", of_layer, dtype)
 
     def _add_experts(self, key: str, name: str, shape: Shape, dtype: np.dtype[Any]) -> None:
         """Name the weights of one layer that are stored under a key: one, or one for each expert."""
@@ -164,8 +165,9 @@ class TorchDistReader:
         if not shape or shape[0] > MOST_LAYERS:
             raise UserError(f"`{key}` has shape {list(self._shape(key))}, in which a number should count experts")
         self._of_experts.add(key)
+        of_expert = shape[1:]  # one object for all of them
         for expert in range(shape[0]):
-            self._add_spec(f"{stacked[1]}.{expert}.{stacked[2]}", shape[1:], dtype)
+            self._add_spec(f"{stacked[1]}.{expert}.{stacked[2]}", of_expert, dtype)
 
     def _add_halves(self, gate: str, up: str) -> None:
         shape, other = self._shape(gate), self._shape(up)

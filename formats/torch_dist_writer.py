@@ -149,17 +149,16 @@ def rank_file(rank: int) -> str:
 
 def _parts(tensors: Iterable[ShardedTensor], locate: Callable[[str], tuple[str, tuple[int, ...]]]) -> list[NewPart]:
     """For each weight, where it is stored. Layers are held alike, so shards are taken apart once for all that share them."""
-    known: dict[int, list[Shard]] = {}
+    known: dict[int, tuple[object, list[Shard]]] = {}  # with the chunks: as long as they live, nothing else has their `id`
     keys, last = dict[str, str](), tuple[int, ...]()  # one object for each key, and for rows that follow one another
     parts: list[NewPart] = []
     for spec, chunks in tensors:
-        shards = known.get(id(chunks))
-        if shards is None:
+        if id(chunks) not in known:
             shards = [Shard(tuple(part.start for part in region), extent(region), rank_file(rank)) for region, rank in chunks]
-            known[id(chunks)] = shards
+            known[id(chunks)] = chunks, shards
         key, rows = locate(spec.name)
         last = last if rows == last else rows
-        parts.append(NewPart(keys.setdefault(key, key), last, shards))
+        parts.append(NewPart(keys.setdefault(key, key), last, known[id(chunks)][1]))
     return parts
 
 
