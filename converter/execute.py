@@ -129,7 +129,7 @@ class _Rank:
         """
         plan, stage, first = self._plan, self._stage, self._together.is_first
         with (
-            closing(LocalOutputs(stage.partial)) as outputs,
+            closing(LocalOutputs(stage.partial, threads=self._workers)) as outputs,
             closing(Journal(stage.state, sync=outputs.sync)) as journal,
             distrusted_on_write_error(stage.state, outputs.check),
         ):

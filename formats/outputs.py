@@ -26,9 +26,6 @@ BYPASS_FROM = 64 << 10
 """Shorter writes go through the page cache."""
 
 
-_MOST_TAPS = 256
-"""As many as there may be threads that write: each waits for its own."""
-
 Tap = Callable[[str, int, memoryview], None]
 """Called for every array written, perhaps while it is: file, byte offset, bytes."""
 
@@ -161,14 +158,15 @@ class LocalOutputs:
     through it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, threads: int = 256) -> None:
+        """`threads`: as many as write at the same time, or more. Each may wait for a thread of its own that taps."""
         self.directory = directory
         self.tap: Tap | None = None
         self._files = Files(os.O_RDWR | os.O_CREAT)
         self._may_bypass = bool(direct_flag())
         self._local = threading.local()
         self._paths: dict[str, Path] = {}
-        self._taps = ThreadPoolExecutor(_MOST_TAPS, thread_name_prefix="tap")
+        self._taps = ThreadPoolExecutor(threads, thread_name_prefix="tap")
 
     def write(self, file: str, offset: int, data: Array) -> None:
         path, block = self._path(file), io_alignment()

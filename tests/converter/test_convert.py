@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -73,6 +75,22 @@ def test_small_pieces_make_the_same_bytes(model_folder, tmp_path, monkeypatch, s
     mcore_to_hf(tmp_path / "small", tmp_path / "back", verify=True)
     assert tree(tmp_path / "large") == tree(tmp_path / "small")
     assert model_tree(tmp_path / "back") == tree(folder)
+
+
+def test_threads_are_as_many_as_workers_for_each_purpose(model_folder, tmp_path, monkeypatch):
+    """Each takes memory, which an estimate counts by worker."""
+    started, start = Counter(), Thread.start
+
+    def counted(thread):
+        started[thread.name.partition("_")[0]] += 1
+        start(thread)
+
+    monkeypatch.setattr(Thread, "start", counted)
+    monkeypatch.setattr("converter.worker.PIECE_BYTES", 512)
+    hf_to_mcore(model_folder("gqa"), tmp_path / "megatron", workers=2)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "back", workers=2)
+    assert all(0 < started[purpose] <= 2 for purpose in ("made", "tap"))  # each in one of the two conversions
+    assert 0 < started["piece"] <= 4
 
 
 def test_a_hub_cache_snapshot_of_links_converts(model_folder, tmp_path):
