@@ -107,10 +107,20 @@ class ChunkedTensor:
             first = bisect_left(range(last), region[0].start - self._longest + 1, key=lambda number: numbers[number * stride])
             last = bisect_left(range(last), region[0].stop, lo=first, key=lambda number: numbers[number * stride])
         for number in range(first, last):
-            chunk = self.region(number)
-            shared = intersect(chunk, region)
-            if shared is not None:
-                yield number, chunk, shared
+            if self._touches(number, region):
+                chunk = self.region(number)
+                shared = intersect(chunk, region)
+                if shared is not None:
+                    yield number, chunk, shared
+
+    def _touches(self, number: int, region: Region) -> bool:
+        """Can a chunk overlap a region? Most do not, and no objects are made for those."""
+        at, dims, numbers = number * self._stride, len(region), self._numbers
+        for dim, part in enumerate(region):
+            start = numbers[at + dim]
+            if start >= part.stop or start + numbers[at + dims + dim] <= part.start:
+                return False
+        return True
 
 
 def stride(dims: int) -> int:

@@ -75,10 +75,10 @@ class _Owner:
     known: dict[Path, _Stamp | None] = field(default_factory=dict[Path, "_Stamp | None"])
     closing: int = 0
     failure: OSError | None = None
+    writes: bool = field(init=False)
 
-    @property
-    def writes(self) -> bool:
-        return bool(self.flags & (os.O_WRONLY | os.O_RDWR))
+    def __post_init__(self) -> None:
+        self.writes = bool(self.flags & (os.O_WRONLY | os.O_RDWR))
 
     def raise_failure(self) -> None:
         if self.failure:

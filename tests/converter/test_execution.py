@@ -60,7 +60,7 @@ def test_a_plan_outlives_its_source(folder, checkpoint, kind, tmp_path):
 
 
 def test_a_dry_run_opens_no_output(folder, tmp_path, monkeypatch):
-    def opened(*_):
+    def opened(*_, **__):
         raise AssertionError("an output was opened")
 
     monkeypatch.setattr(LocalOutputs, "__init__", opened)
