@@ -124,8 +124,8 @@ def _exported(reader: MegatronReader, given: Folder | None) -> tuple[Reader, Seq
 def _originals(iteration: Folder, family: Family, model: Model) -> Reader | None:
     """Return a reader of the values that weights had before an offset moved them, by the names of the family's rules; None if an
     iteration stores none. It stores them by the names of its source, which may have another root."""
-    stored = side_files.load(iteration)
-    if stored is None or stored.extras is None or not any(rule.offset for rule in family.RULES):
+    stored = side_files.load(iteration) if any(rule.offset for rule in family.RULES) else None
+    if stored is None or stored.extras is None:
         return None
     extras = HuggingFaceReader(iteration, files=[stored.extras.name], any_dtype=True)
     ours, theirs = (original_names(rules, model) for rules in (family.RULES, family.rooted(specs_of(stored.shards)).RULES))
