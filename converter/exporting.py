@@ -20,7 +20,7 @@ from converter.encoding import encode, quantized_source
 from converter.execution import Reporter
 from converter.hybrid import layout_of
 from converter.master_reader import WORKER_BYTES, reader_of
-from converter.originals import moved, original_name, with_originals
+from converter.originals import original_names, with_originals
 from converter.plan import TensorPlan, as_stored, casts, casts_of_kept
 from converter.planner import to_huggingface
 from converter.provenance import Provenance
@@ -73,7 +73,7 @@ def plan_export(
     for text in (*casts_of_kept(plan.kept), *_left_behind(reader)):
         reporter.note(text)
     quantized = quantized_source(origin)
-    side_tensors = {*quantized.names, *map(original_name, moved(plan.tensors))}
+    side_tensors = {*quantized.names, *original_names(family.RULES, model)}
     tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, side_tensors=side_tensors)
     tensor_plans, tensors = with_originals(tensor_plans, JoinedReader(reader, *extras) if extras else reader)
     if wanted.quantize:

@@ -3,13 +3,15 @@ where nothing changed them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from converter.model import Model
 from converter.plan import TensorPlan, as_stored
 from converter.planned_reader import PlannedReader
+from converter.rules import Rule, in_order
 from formats.errors import UserError
 from formats.spec import Array, JoinedReader, Reader, Region, extent
 
@@ -17,6 +19,12 @@ from formats.spec import Array, JoinedReader, Reader, Region, extent
 def original_name(name: str) -> str:
     """Return the name under which the original values of a weight are stored."""
     return f"{name}.as_stored"
+
+
+def original_names(rules: Iterable[Rule], model: Model) -> Iterator[str]:
+    """Yield the names under which the original values of all weights of a model are stored that an offset moves."""
+    for rule, indices in in_order([rule for rule in rules if rule.offset], model):
+        yield from map(original_name, rule.names(indices)[1])
 
 
 def moved(tensor_plans: Iterable[TensorPlan]) -> dict[str, TensorPlan]:

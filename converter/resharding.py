@@ -29,6 +29,7 @@ from converter.layout import Layout, make_layout
 from converter.master_reader import WORKER_BYTES, reader_of
 from converter.model import Model
 from converter.nemo_config import settings_of
+from converter.originals import original_names
 from converter.padded_vocab import divisible_by
 from converter.pipeline_layout import layers_per_stage
 from converter.plan import Specs, TensorPlan, as_stored, casts, same_tensor
@@ -243,7 +244,8 @@ def _with_extras(reader: MegatronReader, origin: HFReference, family: Family, mo
     model's."""
     if not reader.folder.has(EXTRAS):
         return reader, None
-    beside, side_tensors = HuggingFaceReader(reader.folder, files=[EXTRAS], any_dtype=True), quantized_source(origin).names
+    beside = HuggingFaceReader(reader.folder, files=[EXTRAS], any_dtype=True)
+    side_tensors = {*quantized_source(origin).names, *original_names(family.RULES, model)}
     untouched({name: spec for name, spec in beside.specs.items() if name not in side_tensors}, family, model)
     return JoinedReader(reader, beside), beside.shards[EXTRAS]
 

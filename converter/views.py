@@ -15,7 +15,7 @@ from converter.families import Family
 from converter.hybrid import layout_of
 from converter.master_reader import reader_of
 from converter.model import Model
-from converter.originals import moved, original_name, with_originals
+from converter.originals import original_names, with_originals
 from converter.plan import TensorPlan, as_stored, check_dtypes
 from converter.planner import to_huggingface
 from converter.reference import UnknownModelError
@@ -146,7 +146,7 @@ def megatron_view(
     model = make_model(family.CONFIG, origin.config)
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype, known=known)
     reader.check()
-    names = {*quantized_source(origin).names, *map(original_name, moved(plan.tensors))}
+    names = {*quantized_source(origin).names, *original_names(family.RULES, model)}
     tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, side_tensors=names)
     tensor_plans, tensors = with_originals(tensor_plans, JoinedReader(reader, *extras))
     side_tensors = as_stored({name: tensors.specs[name] for name in sorted(names & tensors.specs.keys())})

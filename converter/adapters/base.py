@@ -72,9 +72,9 @@ def identify_base(folder: Folder, *, name: str, layout: str | None = None) -> Ba
 
 
 def open_base(folder: Folder, given: Folder | None) -> Source:
-    """Open the weights of a model in either format. `given`: a folder with the `config.json` of a checkpoint that has none.
+    """Open the weights of a model in either format, without side tensors.
 
-    Raises UserError for a folder that holds no model.
+    `given`: a folder with the `config.json` of a checkpoint that has none. Raises UserError for a folder that holds no model.
     """
     if not detect(folder).is_megatron:
         source = huggingface_source(open_huggingface(folder, any_dtype=True), given)
@@ -88,7 +88,8 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
         check_filled(checkpoint, name, 0)
     for name, value in view.filled.items():
         check_filled(checkpoint, name, value)
-    return megatron_source(checkpoint, folder, origin, PlannedReader(view.reader, view.tensor_plans))
+    plans = view.only(view.tensor_plans.keys() - {*view.side_tensors}).tensor_plans
+    return megatron_source(checkpoint, folder, origin, PlannedReader(view.reader, plans))
 
 
 def _supported_family(source: Source) -> tuple[Family, Model] | None:

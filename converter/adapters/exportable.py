@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from converter.adapters.adapter import Description
 from converter.adapters.layout import by_parameter
-from converter.adapters.names import PARTS, AdaptedModule, describe_module, is_matrix, module_of
+from converter.adapters.names import PARTS, AdaptedModule, describe_module, is_matrix, module_of, part_names
 from converter.model import Model
+from converter.plan import list_names
 from converter.rules import Rule, at
 from formats.errors import UserError
 
@@ -31,10 +32,9 @@ def refuse_unexportable(rules: Sequence[Rule], model: Model, description: Descri
                 "PEFT has one A, not one for each expert",
                 hint="leave them out: `peft.exclude_modules=['*.experts.*']`",
             )
-        elif description.canonical and _is_one_tensor(rule):
+        elif description.canonical and (parts := _parts(rule)) and parts != tuple(part_names(rule)):
             raise UserError(
-                f"`peft.canonical` makes several adapters of `{module.target}`, but this family has one tensor for all, "
-                f"`{module.weights[0]}`, and PEFT one adapter",
+                f"`peft.canonical` makes several adapters of `{module.target}`, but {_contrast(module, parts)}",
                 hint="set `peft.canonical=false`",
             )
         elif description.method == "dora" and (rule.is_expert or _last_names(module) & parameters):
@@ -60,17 +60,22 @@ def _chosen(rules: Iterable[Rule], model: Model, description: Description) -> It
                 yield rule, module
 
 
-def _is_one_tensor(rule: Rule) -> bool:
-    """Return whether a fused module's parts are one tensor in Hugging Face's model too."""
+def _parts(rule: Rule) -> tuple[str, ...]:
+    """Return the parts of a fused module, each of which `peft.canonical` gives an adapter; nothing for a module that has none, as
+    `linear_fc1` without a gate."""
     last = _last(rule)
-    return (last == "linear_qkv" or (last == "linear_fc1" and rule.partition_stride > 1)) and len(rule.names(_ANY)[1]) == 1
+    return PARTS.get(last, ()) if last != "linear_fc1" or rule.partition_stride > 1 else ()
+
+
+def _contrast(module: AdaptedModule, parts: Sequence[str]) -> str:
+    """Return how the tensors of a module differ from its parts, in words."""
+    if len(module.weights) == 1:
+        return f"this family has one tensor for all, `{module.weights[0]}`, and PEFT one adapter"
+    return f"this family has {len(module.weights)} tensors there, not {len(parts)}: {list_names(module.weights)}"
 
 
 def _last(rule: Rule) -> str:
     return module_of(rule.megatron).rpartition(".")[2]
-
-
-_ANY = {"layer": 0, "mixer": 0, "mlp": 0, "mtp": 0, "after": 0, "expert": 0}
 
 
 def _last_names(module: AdaptedModule) -> set[str]:

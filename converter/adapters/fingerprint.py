@@ -9,7 +9,7 @@ and its exact copy in fp32 are equal, and a rounded copy is another model. Quant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from converter import families, reference
+from converter import families, reference, side_files
 from converter.config import make_model
 from converter.dequantization import dequantized
+from converter.families import Family
 from converter.hybrid import layout_of
 from converter.model import Model
+from converter.originals import original_names, with_originals
 from converter.plan import Piece, Specs, TensorPlan, check_dtypes, list_names, same_tensor
 from converter.planner import huggingface_tensors, to_huggingface
 from converter.recognize import refuse_unfit
@@ -37,9 +39,9 @@ from formats.detect import open_checkpoint
 from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder
-from formats.huggingface import HuggingFaceReader
+from formats.huggingface import HuggingFaceReader, specs_of
 from formats.megatron_reader import MegatronReader
-from formats.spec import Reader, Region, Shape, TensorSpec
+from formats.spec import JoinedReader, Reader, Region, RenamedReader, Shape, TensorSpec
 
 ROWS, WIDTH = 16, 256
 """Rows sampled of a matrix, and elements of each row; of a vector, `WIDTH` elements in all."""
@@ -64,7 +66,7 @@ def fingerprint(source: str | Path | Folder, *, given: Folder | None = None) -> 
         config = config_of(reader)
         plain = dequantized(reader, config)
         return _digest(plain, _plan_stored(plain, config, label=source.label))
-    return _digest(reader, _plan_exported(reader, given))
+    return _digest(*_exported(reader, given))
 
 
 def _plan_stored(reader: Reader, config: Mapping[str, Any], *, label: str) -> list[TensorPlan]:
@@ -106,16 +108,32 @@ def _plan_expert(weights: Iterable[tuple[str, Shape]], stack: TensorSpec, expert
         first += shape[0]
 
 
-def _plan_exported(reader: MegatronReader, given: Folder | None) -> list[TensorPlan]:
-    """Plan the same weights from a Megatron checkpoint."""
+def _exported(reader: MegatronReader, given: Folder | None) -> tuple[Reader, Sequence[TensorPlan]]:
+    """Return the plans of the same weights of a Megatron checkpoint, with the values that an export of it has, and their
+    reader."""
     config = reference.find(reader, given, any_settings=True).config
     family = families.find(config.get("model_type"), layout_of(reader.specs))
-    plan = to_huggingface(family.RULES, make_model(family.CONFIG, config), reader.specs, dtype="keep")
+    model = make_model(family.CONFIG, config)
+    plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep")
     reader.check()
-    return list(plan.tensors)
+    originals = _originals(reader.folder, family, model)
+    tensor_plans, tensors = with_originals(plan.tensors, JoinedReader(reader, originals) if originals else reader)
+    return tensors, tensor_plans
 
 
-def _digest(reader: Reader, tensor_plans: list[TensorPlan]) -> str:
+def _originals(iteration: Folder, family: Family, model: Model) -> Reader | None:
+    """Return a reader of the values that weights had before an offset moved them, by the names of the family's rules; None if an
+    iteration stores none. It stores them by the names of its source, which may have another root."""
+    stored = side_files.load(iteration) if any(rule.offset for rule in family.RULES) else None
+    if stored is None or stored.extras is None:
+        return None
+    extras = HuggingFaceReader(iteration, files=[stored.extras.name], any_dtype=True)
+    ours, theirs = (original_names(rules, model) for rules in (family.RULES, family.rooted(specs_of(stored.shards)).RULES))
+    names = {name: other for name, other in zip(ours, theirs, strict=True) if other in extras.specs}
+    return RenamedReader(extras, names)
+
+
+def _digest(reader: Reader, tensor_plans: Sequence[TensorPlan]) -> str:
     digests: dict[str, bytes] = {}
 
     def start() -> Callable[[TensorPlan], None]:

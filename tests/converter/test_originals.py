@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter import hf_to_mcore, mcore_to_hf, verify
+from converter import average_checkpoints, extend_vocab, families, hf_to_mcore, mcore_to_hf, reshard, verify
 from converter.originals import original_name
 from formats.errors import UserError
 from tests.converter.family_suite import save_small
@@ -47,6 +47,29 @@ def test_any_bits_of_a_norm_come_back(saved, tmp_path, layout):
     mcore_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
     assert model_tree(tmp_path / "back") == model_tree(folder)
     assert verify(folder, tmp_path / "m").same
+
+
+MOVED = [name for name in families.names() if any(rule.offset for rule in families.find(name).RULES)]
+
+
+@pytest.mark.parametrize("family", MOVED)
+def test_another_layout_keeps_them(tmp_path, family):
+    folder = save_small(family, tmp_path / "hf", dtype="float32")
+    hf_to_mcore(folder, tmp_path / "m", tp=2)
+    reshard(tmp_path / "m", tmp_path / "pp", pp=2, verify=True)
+    mcore_to_hf(tmp_path / "pp", tmp_path / "back", verify=True)
+    assert model_tree(tmp_path / "back") == model_tree(folder)
+
+
+def test_an_average_and_another_vocabulary_keep_them(saved, tmp_path):
+    hf_to_mcore(saved, tmp_path / "m")
+    average_checkpoints([tmp_path / "m", tmp_path / "m"], tmp_path / "average")
+    extend_vocab(tmp_path / "m", tmp_path / "extended", to=400)
+    before = load_file(saved / "model.safetensors")
+    for name in ("average", "extended"):
+        mcore_to_hf(tmp_path / name, tmp_path / f"{name}-back")
+        after = load_file(tmp_path / f"{name}-back" / "model.safetensors")
+        assert all(after[NORM.format(layer)].equal(before[NORM.format(layer)]) for layer in LINEAR)
 
 
 def test_a_cast_takes_the_original_numbers(saved, tmp_path):

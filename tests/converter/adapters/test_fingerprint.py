@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter import UserError, hf_to_mcore
+from converter import UserError, families, hf_to_mcore, mcore_to_hf, reshard
 from converter.adapters.fingerprint import fingerprint
+from formats.folder import LocalFolder
+from tests.converter.family_suite import has_experts, save_small
 from tests.locations import KINDS, served
 from tests.megatron_cpu import Shape, save
 from tests.models import tree
@@ -27,6 +29,62 @@ def test_a_conversion_keeps_it(model_folder, tmp_path, variant, layout):
     hf_to_mcore(folder, tmp_path / "m", tp=layout[0], pp=layout[1])
     assert fingerprint(tmp_path / "m") == fingerprint(folder)
     assert fingerprint(str(tmp_path / "m" / "iter_0000000")) == fingerprint(str(folder))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", families.names())
+def test_conversions_there_and_back_keep_it_in_every_family(tmp_path, family, dtype):
+    folder = save_small(family, tmp_path / "hf", dtype=dtype)
+    divided = {"tp": 2, "pp": 2} | ({"ep": 2, "etp": 1} if has_experts(folder) else {})
+    for number, options in enumerate([divided, *({"layout": layout} for layout in families.find(family).LAYOUTS)]):
+        hf_to_mcore(folder, tmp_path / str(number), **options)
+        assert fingerprint(tmp_path / str(number)) == fingerprint(folder), options
+    reshard(tmp_path / "0", tmp_path / "reshard", tp=1)
+    mcore_to_hf(tmp_path / "reshard", tmp_path / "back")
+    assert fingerprint(tmp_path / "reshard") == fingerprint(tmp_path / "back") == fingerprint(folder)
+    hf_to_mcore(folder, tmp_path / "cast", dtype={"float32": "bf16", "bfloat16": "fp32"}[dtype])
+    mcore_to_hf(tmp_path / "cast", tmp_path / "cast-back")
+    assert fingerprint(tmp_path / "cast") == fingerprint(tmp_path / "cast-back")
+    assert (fingerprint(tmp_path / "cast") == fingerprint(folder)) == (dtype == "bfloat16")
+
+
+def test_a_config_that_is_given_changes_nothing(tmp_path):
+    folder = save_small("qwen3_next", tmp_path / "hf", dtype="float32")
+    hf_to_mcore(folder, tmp_path / "m")
+    assert fingerprint(tmp_path / "m", given=LocalFolder(folder)) == fingerprint(folder)
+
+
+def test_a_weight_that_an_offset_moves_counts_with_what_training_changed(tmp_path):
+    """An export computes what differs from the original values, whatever these say."""
+    folder = save_small("qwen3_next", tmp_path / "hf", dtype="float32")
+    hf_to_mcore(folder, tmp_path / "m")
+    extras = tmp_path / "m" / "iter_0000000" / "huggingface" / "extras.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(extras).items()}, extras)
+    mcore_to_hf(tmp_path / "m", tmp_path / "back")
+    assert fingerprint(tmp_path / "m") == fingerprint(tmp_path / "back") != fingerprint(folder)
+
+
+RECORDED = {
+    "llama": "0c17416103da2559cfa2926d197a80b43fbea399f43ebb92e87687c5712bfc36",
+    "gpt2": "53580935a4405af402a9d5f92af6bc296b69dfcc1c7113441ae340ae2bcee67c",
+    "falcon": "619eb88be849ac473f080f766177d6561ecd4e0924aa4304fc370f6e3087d768",
+    "mixtral": "c40972fa23f376bc4ec2561076a47a08910ee7df388a27978f07280050bcaf80",
+    "gpt_oss": "cfe965e0dfe0dcdad35849486892f4ebe8a31cb0282c41e66984dda1acd7f3e1",
+    "deepseek_v3": "654f74b9608c9d410fabc36032b7b2b54de2aad96bc50d879ba99272eaf89605",
+    "nemotron_h": "d25aa79715d15245d990a8f226a1f7cee86fbbb60fe541f22062f57a7131bde2",
+    "qwen3_next": "61b5d45a4b2d026604f2bcc3ecd77922292e0651db541d4ef0346f2ee6c5d945",
+}
+"""What adapters hold that were made on models of these families whose weights count upwards."""
+
+
+@pytest.mark.parametrize("family", RECORDED)
+def test_what_adapters_recorded_stays_valid(tmp_path, family):
+    folder = save_small(family, tmp_path / "hf", dtype="float32")
+    weights = load_file(folder / "model.safetensors")
+    counted = {name: torch.arange(weight.numel()).remainder(509).div(512).view(weight.shape) for name, weight in weights.items()}
+    save_file(counted, folder / "model.safetensors", {"format": "pt"})
+    hf_to_mcore(folder, tmp_path / "m", tp=2)
+    assert fingerprint(folder) == fingerprint(tmp_path / "m") == RECORDED[family]
 
 
 def changed(folder, target, change):

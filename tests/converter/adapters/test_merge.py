@@ -183,10 +183,13 @@ def test_an_adapter_checkpoint_of_megatron_merges_to_the_same(base, peft_folder,
 
 
 @pytest.mark.parametrize("to", ["hf", "mcore"])
-def test_a_quantized_base_is_merged_as_the_plain_one_that_it_means(model_folder, tmp_path, to):
-    base = quantize(model_folder("gqa"), tmp_path / "q", "blocks")
+@pytest.mark.parametrize("kind", ["hf", "mcore"])
+@pytest.mark.parametrize("scheme", ["blocks", "int4"])
+def test_a_quantized_base_is_merged_as_the_plain_one_that_it_means(model_folder, tmp_path, scheme, kind, to):
+    base = quantize(model_folder("gqa", dtype="bfloat16"), tmp_path / "q", scheme)
+    hf_to_mcore(base, tmp_path / "m", tp=2)
     save_adapter(plain_of(base), tmp_path / "a")
-    merge(base, tmp_path / "a", tmp_path / "out", to=to)
+    merge(base if kind == "hf" else tmp_path / "m", tmp_path / "a", tmp_path / "out", to=to)
     merge(plain_of(base), tmp_path / "a", tmp_path / "expected", to=to)
     assert verify(tmp_path / "out", tmp_path / "expected").same
     config = next((tmp_path / "out").rglob("config.json"))
