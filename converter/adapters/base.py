@@ -126,7 +126,8 @@ def under_names_of(base: Source, adapter: AdapterReader) -> AdapterReader:
     named = families.find(base.reference.config["model_type"]).as_modules()
     stacked = named.stacked_as(family)
     adapter, _ = separate(adapter, named.RULES, model)
-    adapter = adapter if stacked == named else in_stacks(adapter, named.RULES, stacked.RULES, model)
+    if stacked != named:
+        adapter = in_stacks(adapter, named.RULES, stacked.RULES, model)
     modules = _module_names(base, family, stacked, model)
     names = {module: name for name, module in modules.items()}
 
@@ -147,15 +148,17 @@ def under_names_of(base: Source, adapter: AdapterReader) -> AdapterReader:
 
 def stacks_of(base: Source) -> dict[str, tuple[str, ...]]:
     """Return the tensors of a base that hold all experts of a layer, [experts, …], each with the names of single weights."""
-    supported = _supported_family(base)
-    every = fused_experts(supported[0].RULES, supported[1]) if supported else ()
+    if not (supported := _supported_family(base)):
+        return {}
+    family, model = supported
+    every = fused_experts((rule for rule in family.RULES if rule.is_stacked), model)
     return {layer.tensor: tuple(weight for (weight,) in layer.weights) for layer in every if layer.tensor in base.reader.specs}
 
 
-def _weights_of(base: Source) -> dict[str, TensorSpec]:
+def _weights_of(base: Source, stacks: Mapping[str, Sequence[str]]) -> dict[str, TensorSpec]:
     """Return the tensors of a base, with the weights of single experts in place of those that hold all."""
     specs = dict(base.reader.specs)
-    for tensor, weights in stacks_of(base).items():
+    for tensor, weights in stacks.items():
         spec = specs.pop(tensor)
         specs |= {weight: TensorSpec(weight, spec.shape[1:], spec.dtype) for weight in weights}
     return specs
@@ -194,13 +197,14 @@ class Survey:
     """Bytes in memory of the change of each weight."""
 
 
-def survey(adapter: AdapterReader, base: Source, folder: Folder) -> Survey:
-    """Check that an adapter, stored in `folder`, fits a base model. Reads all of the adapter, one weight at a time.
+def survey(adapter: AdapterReader, base: Source, folder: Folder, stacks: Mapping[str, Sequence[str]]) -> Survey:
+    """Check that an adapter, stored in `folder`, fits a base model with these `stacks_of` experts. Reads all of the adapter, one
+    weight at a time.
 
     Raises UserError for a weight that the base lacks, ties to another, or has with another shape or with a dtype that no change
     can be added to, for a change that is not finite, and for missing changes that the configuration requests.
     """
-    specs = _weights_of(base)
+    specs = _weights_of(base, stacks)
     if not adapter.parts:
         raise UserError(f"the adapter `{folder.label}` changes no weights")
     _check_ties(base, adapter.parts)

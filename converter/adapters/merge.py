@@ -161,10 +161,9 @@ def _check_base(folder: Folder, expected: Base | None, reporter: Reporter, *, gi
 def _merged(model: Source, adapter: AdapterReader, folder: Folder, *, dtype: str, workers: int) -> Generator[Source]:
     """Yield the base with the adapter's changes added when it is read, and close it. `folder`: the adapter's."""
     with closing(model.reader):
-        adapter = under_names_of(model, adapter)
-        result = survey(adapter, model, folder)
-        changed, stacks = adapter.parts.keys(), stacks_of(model)
-        reader = MergedReader(model.reader, adapter.read_delta, changed=changed, stacks=stacks, dtype=dtype)
+        adapter, stacks = under_names_of(model, adapter), stacks_of(model)
+        result = survey(adapter, model, folder, stacks)
+        reader = MergedReader(model.reader, adapter.read_delta, changed=adapter.parts.keys(), stacks=stacks, dtype=dtype)
         yield replace(
             model, reader=reader, adapter=result.provenance, memory=model.memory + _memory(result.nbytes, workers=workers)
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,18 @@ def save_adapter(
             parameter.data = parameter.data.to(getattr(torch, dtype))
     adapted.save_pretrained(folder)
     return folder
+
+
+def changed(folder: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of an adapter, or of a model in one file, with other tensors."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    (file,) = target.glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    return target
 
 
 def _share(adapted: Any) -> None:

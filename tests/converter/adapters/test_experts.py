@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from converter import UserError
 from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
 from converter.adapters.merge import merge
-from tests.converter.adapters.made import logits, save_adapter, with_adapter
+from tests.converter.adapters.made import changed, logits, save_adapter, with_adapter
 from tests.converter.family_suite import save_small
 
 TENSORS, WEIGHTS, CONFIG = "adapter_model.safetensors", "model.safetensors", "adapter_config.json"
@@ -92,16 +92,6 @@ def test_vllm_finds_a_module_for_each_expert(qwen):
     assert names == {f"{prefix}.{module}.lora_{factor}.weight" for module in [*modules, "gate"] for factor in "AB"}
 
 
-def _changed(folder, target, change):
-    """A copy of an adapter with other tensors."""
-    target.mkdir()
-    (target / CONFIG).write_bytes((folder / CONFIG).read_bytes())
-    tensors = load_file(folder / TENSORS)
-    change(tensors)
-    save_file(tensors, target / TENSORS, {"format": "pt"})
-    return target
-
-
 def test_an_expert_without_an_adapter_is_named(qwen, tmp_path):
     base, folder = qwen
     missing = "model.layers.2.mlp.experts.3.up_proj"
@@ -110,7 +100,7 @@ def test_an_expert_without_an_adapter_is_named(qwen, tmp_path):
         for name in [name for name in tensors if missing in name]:
             del tensors[name]
 
-    adapter = _changed(folder / "separate", tmp_path / "a", change)
+    adapter = changed(folder / "separate", tmp_path / "a", change)
     with pytest.raises(UserError, match=missing):
         merge(base, adapter, tmp_path / "out")
     config = json.loads((adapter / CONFIG).read_text())
@@ -127,7 +117,7 @@ def test_a_layer_that_the_file_lacks_is_named(qwen, tmp_path):
         for name in [name for name in tensors if "layers.2.mlp.experts" in name]:
             del tensors[name]
 
-    adapter = _changed(folder / "peft", tmp_path / "a", change)
+    adapter = changed(folder / "peft", tmp_path / "a", change)
     for command in (lambda: merge(base, adapter, tmp_path / "o"), lambda: adapter_to_mcore(adapter, tmp_path / "o", base=base)):
         with pytest.raises(UserError, match=r"requests .* `model.layers.2.mlp.experts.0.down_proj.weight`"):
             command()
@@ -140,7 +130,7 @@ def test_adapters_of_another_number_of_experts_are_refused(qwen, tmp_path):
         for name in [name for name in tensors if ".experts.lora_" in name]:
             tensors[name] = tensors[name][:12] if "lora_A" in name else tensors[name][:, :12].contiguous()
 
-    adapter = _changed(folder / "peft", tmp_path / "a", change)
+    adapter = changed(folder / "peft", tmp_path / "a", change)
     for command in (lambda: merge(base, adapter, tmp_path / "o"), lambda: adapter_to_mcore(adapter, tmp_path / "o", base=base)):
         with pytest.raises(UserError, match=r"has shape \[12, 48\] and .* \[64, 12\], .* should be \[16, 48\] and \[64, 16\]"):
             command()
@@ -154,7 +144,7 @@ def test_a_dora_of_experts_is_not_exported(qwen, tmp_path):
         for name in [name for name in tensors if name.endswith("lora_B.weight")]:
             tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = torch.ones(len(tensors[name]))
 
-    adapter = _changed(folder / "separate", tmp_path / "a", change)
+    adapter = changed(folder / "separate", tmp_path / "a", change)
     config = (adapter / CONFIG).read_text().replace('"use_dora": false', '"use_dora": true')
     (adapter / CONFIG).write_text(config)
     adapter_to_mcore(adapter, tmp_path / "m", base=base)

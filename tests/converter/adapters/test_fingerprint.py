@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from converter import UserError, families, hf_to_mcore, mcore_to_hf, reshard
 from converter.adapters.fingerprint import fingerprint
 from formats.folder import LocalFolder
+from tests.converter.adapters.made import changed
 from tests.converter.family_suite import has_experts, save_small
 from tests.locations import KINDS, served
 from tests.megatron_cpu import Shape, save
@@ -79,20 +80,13 @@ RECORDED = {
 
 @pytest.mark.parametrize("family", RECORDED)
 def test_what_adapters_recorded_stays_valid(tmp_path, family):
-    folder = save_small(family, tmp_path / "hf", dtype="float32")
-    weights = load_file(folder / "model.safetensors")
-    counted = {name: torch.arange(weight.numel()).remainder(509).div(512).view(weight.shape) for name, weight in weights.items()}
-    save_file(counted, folder / "model.safetensors", {"format": "pt"})
+    def count(weights):
+        for name, weight in weights.items():
+            weights[name] = torch.arange(weight.numel()).remainder(509).div(512).view(weight.shape)
+
+    folder = changed(save_small(family, tmp_path / "random", dtype="float32"), tmp_path / "hf", count)
     hf_to_mcore(folder, tmp_path / "m", tp=2)
     assert fingerprint(folder) == fingerprint(tmp_path / "m") == RECORDED[family]
-
-
-def changed(folder, target, change):
-    shutil.copytree(folder, target)
-    weights = load_file(target / "model.safetensors")
-    change(weights)
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, target / "model.safetensors", {"format": "pt"})
-    return target
 
 
 def test_an_exact_copy_in_fp32_keeps_it(model_folder, tmp_path):

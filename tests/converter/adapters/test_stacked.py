@@ -14,7 +14,7 @@ from converter import UserError, hf_to_mcore, mcore_to_hf, verify
 from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.merge import merge
-from tests.converter.adapters.made import logits, save_adapter, with_adapter
+from tests.converter.adapters.made import changed, logits, save_adapter, with_adapter
 from tests.converter.family_suite import save_small
 from tests.converter.test_prediction_qwen import stacked
 
@@ -135,15 +135,6 @@ def test_an_adapter_of_attention_alone_has_both_layouts(gpt_oss, tmp_path):
     for experts in ("fused", "separate"):
         adapter_to_hf(tmp_path / "m", tmp_path / experts, experts=experts)
         assert (tmp_path / experts / TENSORS).read_bytes() == (adapter / TENSORS).read_bytes()
-
-
-def changed(folder, target, change):
-    """A copy of an adapter with other tensors."""
-    shutil.copytree(folder, target)
-    tensors = load_file(folder / TENSORS)
-    change(tensors)
-    save_file(tensors, target / TENSORS, {"format": "pt"})
-    return target
 
 
 def refused_by_both(adapter, base, tmp_path, message):
