@@ -13,6 +13,9 @@ WORKERS := -n 2 --dist loadfile
 
 NEWEST := $(VENV)-newest
 
+# Tests start hundreds of programs: with this set, each would compile our sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # uv takes a quarter of pip's time. It does not read pip's settings of mirrors, so where it fails pip is tried.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 comma := ,

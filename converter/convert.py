@@ -24,11 +24,8 @@ from converter.checks import (
 )
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
-from converter.exporting import ExportOptions, plan_export
-from converter.importing import ImportOptions, plan_import
 from converter.keywords import IN_MEGATRON, other_names
 from converter.memory import seldom_collected
-from converter.resharding import ReshardOptions, plan_reshard
 from converter.sources import huggingface_source, open_source, workers_for
 from converter.state_dicts import TRANSFORMER_ENGINE
 from converter.values import KEEP, WEIGHTS
@@ -77,6 +74,8 @@ def hf_to_mcore(
     >>> hf_to_mcore("Llama-3.2-1B", "llama-tp2-pp2", tp=2, pp=2, pp_layout="Et*3|tL").tensors
     27
     """
+    from converter.importing import ImportOptions, plan_import  # noqa: PLC0415 - each direction brings formats along
+
     check_execution(options)
     reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
     check_layout(layout)
@@ -121,6 +120,8 @@ def mcore_to_hf(
     >>> sorted(mcore_to_hf("megatron", "llama-back").files)
     ['config.json', 'conversion.json', 'model.safetensors']
     """
+    from converter.exporting import ExportOptions, plan_export  # noqa: PLC0415 - each direction brings formats along
+
     check_execution(options)
     reporter, target, root = reporter or Reporter(), expanded(target), open_source(source)
     check_options(dtype=dtype, max_shard_size=max_shard_size)
@@ -182,6 +183,8 @@ def reshard(
     >>> reshard("megatron", "megatron-tp4", tp=4).layout
     {'tp': 4, 'pp': 1, 'vpp': 1}
     """
+    from converter.resharding import ReshardOptions, plan_reshard  # noqa: PLC0415 - each direction brings formats along
+
     check_execution(options)
     reporter, target, root = reporter or Reporter(), expanded(target), open_source(source)
     check_layout(layout)

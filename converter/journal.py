@@ -65,7 +65,7 @@ class Journal:
 
     def piece(self, number: int) -> None:
         """Record that a piece is written."""
-        self._write([number])  # a line that was cut short, and the next one after it, must not read as another number
+        self._write_line(f"[{number}]")  # a line that was cut short, and the next one after it, must not read as another number
         if time.monotonic() - self._synced > SYNC_SECONDS and self._lock.acquire(blocking=False):
             try:
                 self.sync()
@@ -93,7 +93,10 @@ class Journal:
         os.close(self._descriptor)
 
     def _write(self, line: Any) -> None:
-        os.write(self._descriptor, json.dumps(line).encode() + b"\n")
+        self._write_line(json.dumps(line))
+
+    def _write_line(self, line: str) -> None:
+        os.write(self._descriptor, f"{line}\n".encode())
         self._lines += 1
 
 

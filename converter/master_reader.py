@@ -7,13 +7,11 @@ Each master proves itself while it is read: rounded to the weight's dtype it mus
 from __future__ import annotations
 
 from converter.derived import DerivedCheckpoint
-from converter.masters import ROUNDED_TO, ProvenMasters
 from converter.plan import list_names
 from converter.run import PIECE_BYTES
 from converter.values import MASTERS
 from formats.errors import UserError
 from formats.megatron_reader import MegatronReader
-from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import MASTER
 from formats.spec import DTYPES, JoinedReader, Reader, RenamedReader
 
@@ -45,6 +43,9 @@ def _values(weights: MegatronReader) -> Reader:
 def _masters(weights: MegatronReader) -> Reader | None:
     """Return the reader of the masters, None where all weights are in fp32. Raises UserError for weights that have none, or none
     that can prove itself."""
+    from converter.masters import ROUNDED_TO, ProvenMasters  # noqa: PLC0415 - seldom asked for, and all kinds of optimizers with it
+    from formats.optimizer.open import open_optimizer  # noqa: PLC0415
+
     if all(spec.dtype == _FP32 for spec in weights.specs.values()):
         return None
     optimizer = open_optimizer(weights)

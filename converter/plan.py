@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ PLAN_FORMAT = 2
 """How plans are written down in the names of what interrupted runs leave: 1 knew no steps between rows, and no transforms."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowCopy:
+class RowCopy(NamedTuple):
     """Rows from `src_row` on of a source tensor become rows from `dst_row` on of a target tensor."""
 
     source: str
@@ -105,8 +104,7 @@ def as_stored(specs: Mapping[str, TensorSpec]) -> dict[str, TensorPlan]:
     return {name: same_tensor(spec, spec) for name, spec in specs.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a target tensor that is one run of bytes, small enough to hold in memory: the unit of work.
 
     Whole rows, or where one row is too large a part of one (see `contiguous_regions`).

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from converter.plan import Piece, RowCopy
 from converter.transform import Move, Transform
@@ -26,8 +26,7 @@ PIECE_BYTES = 4 << 20
 """Larger pieces did not get faster here; smaller ones cost system calls (docs/decisions.md)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """A piece and its number among all pieces of the plan.
 
     One that is `written` already is read and observed, and not written again.
@@ -131,7 +130,8 @@ class PieceBuffers:
 
     def fill(self, piece: Piece, reader: Reader, out: Array) -> None:
         """Write a piece's data into `out`, which has the shape of its region and the dtype of its tensor."""
-        transform, filled = piece.tensor.transform, list[slice]()
+        transform = piece.tensor.transform
+        filled: list[slice] = []
         if transform and transform.moves_values:
             for move in piece.moves(transform):
                 self._move(reader, move, transform, out)

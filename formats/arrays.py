@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from math import prod
 from typing import Any
@@ -19,26 +20,33 @@ class Buffer:
 
     def __init__(self) -> None:
         self._memory: Array = np.empty(0, np.uint8)
+        self._address = 0
 
     def view(self, shape: Shape, dtype: np.dtype[Any], *, offset: int = 0) -> Array:
         """Return an uninitialized array, valid until the next call; its address equals `offset` modulo `io_alignment()`."""
         block, nbytes = io_alignment(), prod(shape) * dtype.itemsize
         if self._memory.nbytes < nbytes + block:
             self._memory = np.frombuffer(mmap.mmap(-1, nbytes + block), np.uint8)
-        start = (offset - self._memory.ctypes.data) % block
+            self._address = self._memory.ctypes.data
+        start = (offset - self._address) % block
         return self._memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def copy(out: Array, data: Array) -> None:
     """Copy elements as unsigned integers of the same size: numpy copies foreign dtypes such as bfloat16 one by one."""
-    plain = np.dtype(f"u{data.dtype.itemsize}")
+    plain = _unsigned(data.dtype.itemsize)
     np.copyto(out.view(plain), data.view(plain))
 
 
 def same_bits(array: Array, other: Array) -> bool:
     """Do two arrays of one dtype and shape have the same bits?"""
-    plain = np.dtype(f"u{array.dtype.itemsize}")
+    plain = _unsigned(array.dtype.itemsize)
     return np.array_equal(array.view(plain), other.view(plain))
+
+
+@cache
+def _unsigned(itemsize: int) -> np.dtype[Any]:
+    return np.dtype(f"u{itemsize}")
 
 
 def as_bytes(array: Array) -> memoryview:

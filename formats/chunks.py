@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,7 @@ from formats.spec import Array, Region, Shape, intersect
 _LOCATION_NUMBERS = 4  # numbers of a chunk after its region: file, offset, length, and the offset of its data or -1
 
 
-@dataclass(frozen=True, slots=True)
-class ArchiveLocation:
+class ArchiveLocation(NamedTuple):
     """The location of an archive: bytes `offset` to `offset + length` of a file. `compressed` names the kind, if it is."""
 
     file: str
@@ -37,6 +36,19 @@ class Chunk:
 
     region: Region
     location: ArchiveLocation
+
+
+class Overlap(NamedTuple):
+    """What a chunk and a region share: where it lies in the chunk, and where in the region."""
+
+    number: int
+    """The chunk's."""
+
+    shape: Shape
+    """The whole chunk's."""
+
+    in_chunk: Region
+    in_region: Region
 
 
 class ChunkedTensor:
@@ -85,6 +97,9 @@ class ChunkedTensor:
         numbers = self._numbers[at : at + 2 * dims]
         return tuple([slice(numbers[d], numbers[d] + numbers[dims + d]) for d in range(dims)])
 
+    def file(self, number: int) -> str:
+        return self.files[self._numbers[number * self._stride + 2 * len(self.shape)]]
+
     def location(self, number: int) -> ArchiveLocation:
         at = number * self._stride + 2 * len(self.shape)
         return ArchiveLocation(self.files[self._numbers[at]], self._numbers[at + 1], self._numbers[at + 2])
@@ -96,31 +111,42 @@ class ChunkedTensor:
     def set_data_start(self, number: int, start: int) -> None:
         self._numbers[number * self._stride + self._stride - 1] = start
 
-    def overlapping(self, region: Region) -> Iterator[tuple[int, Region, Region]]:
-        """Yield the chunks that overlap a region: number, the chunk's region, and the intersection.
+    def overlapping(self, region: Region) -> Iterator[Overlap]:
+        """Yield what a region shares with each chunk that it overlaps.
 
-        A tensor of stacked layers has thousands of chunks, so bisection selects those near the region's rows.
+        A tensor of stacked layers has thousands of chunks, so bisection selects those near the region's rows, and no objects are
+        made for those among them that do not overlap it.
         """
+        numbers, stride, dims = self._numbers, self._stride, len(region)
         first, last = 0, len(self)
         if region and last > 1:
-            numbers, stride = self._numbers, self._stride
             first = bisect_left(range(last), region[0].start - self._longest + 1, key=lambda number: numbers[number * stride])
             last = bisect_left(range(last), region[0].stop, lo=first, key=lambda number: numbers[number * stride])
+        wanted = [(dim, part.start, part.stop) for dim, part in enumerate(region)]
         for number in range(first, last):
-            if self._touches(number, region):
-                chunk = self.region(number)
-                shared = intersect(chunk, region)
-                if shared is not None:
-                    yield number, chunk, shared
+            at = number * stride
+            for dim, start, stop in wanted:
+                origin = numbers[at + dim]
+                if origin >= stop or origin + numbers[at + dims + dim] <= start:
+                    break
+            else:
+                overlap = self._overlap(number, wanted)
+                if overlap:
+                    yield overlap
 
-    def _touches(self, number: int, region: Region) -> bool:
-        """Can a chunk overlap a region? Most do not, and no objects are made for those."""
-        at, dims, numbers = number * self._stride, len(region), self._numbers
-        for dim, part in enumerate(region):
-            start = numbers[at + dim]
-            if start >= part.stop or start + numbers[at + dims + dim] <= part.start:
-                return False
-        return True
+    def _overlap(self, number: int, region: Sequence[tuple[int, int, int]]) -> Overlap | None:
+        """Return what a chunk shares with a region, given as dimensions with start and stop; None if they share nothing."""
+        numbers, at, dims = self._numbers, number * self._stride, len(region)
+        in_chunk: list[slice] = []
+        in_region: list[slice] = []
+        for dim, start, stop in region:
+            origin, end = numbers[at + dim], numbers[at + dim] + numbers[at + dims + dim]
+            low, high = max(start, origin), min(stop, end)
+            if low >= high:
+                return None
+            in_chunk.append(slice(low - origin, high - origin))
+            in_region.append(slice(low - start, high - start))
+        return Overlap(number, tuple(numbers[at + dims : at + 2 * dims]), tuple(in_chunk), tuple(in_region))
 
 
 def stride(dims: int) -> int:

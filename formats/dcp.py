@@ -25,7 +25,7 @@ from formats.index_writer import index_document
 from formats.object_names import ObjectName, ObjectNames
 from formats.outputs import Outputs
 from formats.relative_names import check_below
-from formats.spec import Array, Document, Region, Shape, Span, dtype_name, extent, relative_to
+from formats.spec import Array, Document, Region, Shape, Span, dtype_name
 from formats.stored_arrays import StoredArray, file_offset, read_region, write_region
 from formats.torch_zip import DATA_ALIGNMENT, Frame, OpenArchive, contiguous_strides, tensor_frame
 
@@ -92,9 +92,9 @@ class DcpContainer:
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         """Read a region of the tensor into `out`, from all chunks that overlap it."""
-        for number, chunk, shared in tensor.overlapping(region):
-            part = out[(*relative_to(shared, region), ...)]  # the ellipsis keeps a single number an array
-            read_region(self._folder, self._locate(tensor, number, extent(chunk)), relative_to(shared, chunk), part)
+        for number, shape, in_chunk, in_region in tensor.overlapping(region):
+            part = out[(*in_region, ...)]  # the ellipsis keeps a single number an array
+            read_region(self._folder, self._locate(tensor, number, shape), in_chunk, part)
 
     def close(self) -> None:
         self._folder.close()
@@ -137,10 +137,12 @@ class DcpContainer:
         return self._sizes[file]
 
     def _locate(self, tensor: ChunkedTensor, number: int, shape: Shape) -> StoredArray:
-        location = tensor.location(number)
-        if tensor.data_start(number) < 0:
-            tensor.set_data_start(number, location.offset + self._data_start(location, shape, tensor.dtype))
-        return StoredArray(location.file, tensor.data_start(number), shape)
+        start = tensor.data_start(number)
+        if start < 0:
+            location = tensor.location(number)
+            start = location.offset + self._data_start(location, shape, tensor.dtype)
+            tensor.set_data_start(number, start)
+        return StoredArray(tensor.file(number), start, shape)
 
     def _data_start(self, location: ArchiveLocation, shape: Shape, dtype: np.dtype[Any]) -> int:
         """Return the offset of a chunk's data in its archive; UserError if the archive describes another chunk."""
@@ -250,25 +252,26 @@ class ContainerWriter:
         """Return the byte offset in its file of the region's first element."""
         tensor = self._chunked[key]
         corner = tuple(slice(part.start, part.start + 1) for part in region)
-        number, chunk, _ = next(tensor.overlapping(corner))
-        return file_offset(self._stored(tensor, number, extent(chunk)), relative_to(corner, chunk), tensor.dtype.itemsize)
+        number, shape, in_chunk, _ = next(tensor.overlapping(corner))
+        return file_offset(self._stored(tensor, number, shape), in_chunk, tensor.dtype.itemsize)
 
     def touched(self, key: str, region: Region) -> set[str]:
         """Return the files that hold part of a region."""
         tensor = self._chunked[key]
-        return {f"{self._folder}/{tensor.location(number).file}" for number, *_ in tensor.overlapping(region)}
+        return {f"{self._folder}/{tensor.file(number)}" for number, *_ in tensor.overlapping(region)}
 
     def write(self, outputs: Outputs, key: str, region: Region, data: Array) -> None:
         """Write a region of a tensor into its chunks."""
         tensor = self._chunked[key]
-        for number, chunk, shared in tensor.overlapping(region):
-            stored = self._stored(tensor, number, extent(chunk))
-            write_region(outputs, stored, relative_to(shared, chunk), data[relative_to(shared, region)])
+        for number, shape, in_chunk, in_region in tensor.overlapping(region):
+            write_region(outputs, self._stored(tensor, number, shape), in_chunk, data[in_region])
 
     def _stored(self, tensor: ChunkedTensor, number: int, shape: Shape) -> StoredArray:
-        location = tensor.location(number)
-        start = location.offset + len(_frame(tensor.dtype, shape).before)
-        return StoredArray(f"{self._folder}/{location.file}", start, shape)
+        start = tensor.data_start(number)
+        if start < 0:
+            start = tensor.location(number).offset + len(_frame(tensor.dtype, shape).before)
+            tensor.set_data_start(number, start)
+        return StoredArray(f"{self._folder}/{tensor.file(number)}", start, shape)
 
 
 @cache

@@ -7,7 +7,6 @@ the content has stayed the same. What the files are for is left to the callers.
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -93,14 +92,14 @@ class Process:
     @classmethod
     def this(cls) -> Self:
         """Return the current process."""
-        return cls(socket.gethostname(), os.getpid(), _stat(os.getpid())[1], _pid_scope())
+        return cls(os.uname().nodename, os.getpid(), _stat(os.getpid())[1], _pid_scope())
 
     def is_alive(self) -> bool | None:
         """Return whether the process runs, or None for another host and where the system does not tell.
 
         A rebooted host of the same name counts as another host: names such as `localhost` are not unique.
         """
-        if not self.pid_scope or self.started is None or (self.host, self.pid_scope) != (socket.gethostname(), _pid_scope()):
+        if not self.pid_scope or self.started is None or (self.host, self.pid_scope) != (os.uname().nodename, _pid_scope()):
             return None
         try:
             os.kill(self.pid, 0)

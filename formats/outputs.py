@@ -10,8 +10,8 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -30,16 +30,23 @@ Tap = Callable[[str, int, memoryview], None]
 """Called for every array written, perhaps while it is: file, byte offset, bytes."""
 
 
-@contextmanager
-def alongside[**P](pool: Executor, act: Callable[P, object] | None, *args: P.args, **kwargs: P.kwargs) -> Generator[None]:
+def alongside[**P](
+    pool: Executor, act: Callable[P, object] | None, *args: P.args, **kwargs: P.kwargs
+) -> AbstractContextManager[None]:
     """Call `act`, if it is something, on a thread of the pool while the block runs, and wait for both.
 
     So a hash is taken while the disk writes the same bytes. After an error in the block, `act` is not waited for.
     """
-    future = pool.submit(act, *args, **kwargs) if act else None
+    return _awaited(pool.submit(act, *args, **kwargs)) if act else _NOTHING
+
+
+@contextmanager
+def _awaited(future: Future[object]) -> Generator[None]:
     yield
-    if future:
-        future.result()
+    future.result()
+
+
+_NOTHING = nullcontext()
 
 
 class Outputs(Protocol):
@@ -221,7 +228,7 @@ class LocalOutputs:
         """
         if file not in self._paths:  # building and hashing a path for each write takes longer than the system call
             self._paths[file] = self.directory / file
-        if not self.directory.is_dir():
+        if not os.path.isdir(self.directory):  # noqa: PTH112 - pathlib takes longer
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory))
         return self._paths[file]
 

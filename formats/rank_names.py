@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -172,7 +172,7 @@ def _transposed(match: re.Match[str], piece: Piece, file: RankFile, ep: int) -> 
     inner = (piece.shape[0], size) if axis else (size, piece.shape[1])
     for expert in range(here):
         offset = piece.stored.offset + expert * prod(inner) * piece.dtype.itemsize
-        stored = replace(piece.stored, offset=offset, shape=inner)
+        stored = piece.stored._replace(offset=offset, shape=inner)
         yield f"{match[1]}{ep * here + expert}.linear_fc{match[2]}.weight", Piece(inner[::-1], piece.dtype, stored, True)
 
 

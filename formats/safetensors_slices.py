@@ -20,7 +20,7 @@ from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.huggingface import read_shard
 from formats.json_objects import parse_json
-from formats.spec import Array, Region, Shape, TensorSpec, dtype_name, extent, is_size, is_valid_shape, relative_to
+from formats.spec import Array, Region, Shape, TensorSpec, dtype_name, is_size, is_valid_shape
 from formats.stored_arrays import StoredArray, read_region
 
 _INFO = "DCP_SHARDING_INFO"
@@ -67,9 +67,9 @@ class SlicedSafetensors:
         return self._tensors[name]
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
-        for number, chunk, shared in tensor.overlapping(region):
-            stored = StoredArray(tensor.location(number).file, tensor.data_start(number), extent(chunk))
-            read_region(self._folder, stored, relative_to(shared, chunk), out[(*relative_to(shared, region), ...)])
+        for number, shape, in_chunk, in_region in tensor.overlapping(region):
+            stored = StoredArray(tensor.file(number), tensor.data_start(number), shape)
+            read_region(self._folder, stored, in_chunk, out[(*in_region, ...)])
 
     def close(self) -> None:
         self._folder.close()

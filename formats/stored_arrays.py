@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
 from formats.arrays import as_bytes, bands, copy, offset_of
 from formats.folder import Folder
 from formats.outputs import Outputs
-from formats.spec import Array, Region, Shape, extent
+from formats.spec import Array, Region, Shape
 
 GATHER_BELOW = 64 << 10
 """Contiguous parts shorter than this are not worth a system call each: the rows around them are read whole and sliced."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredArray:
+class StoredArray(NamedTuple):
     """An array stored contiguously, in C order, at a byte offset of a file."""
 
     file: str
@@ -42,7 +41,7 @@ def read_flat(read: Callable[[int, Array], None], shape: Shape, region: Region, 
     row where its rows are long, and otherwise as the whole rows around it, some at a time, so that calls stay few and memory
     small.
     """
-    if _contiguous(shape, extent(region)):
+    if _contiguous(shape, region):
         return _read_contiguous(read, at + offset_of(region, shape), out)
     row = prod(shape[1:])
     if region[0].stop - region[0].start == 1:
@@ -61,7 +60,7 @@ def read_flat(read: Callable[[int, Array], None], shape: Shape, region: Region, 
 
 def write_region(outputs: Outputs, stored: StoredArray, region: Region, data: Array) -> None:
     """Write `data` into a region of a stored array, row by row where the region is not contiguous."""
-    if _contiguous(stored.shape, extent(region)):
+    if _contiguous(stored.shape, region):
         return outputs.write(stored.file, file_offset(stored, region, data.dtype.itemsize), data)
     for number, row in enumerate(range(region[0].start, region[0].stop)):
         write_region(outputs, _row(stored, row, data.dtype.itemsize), region[1:], data[number])
@@ -85,11 +84,12 @@ def _row(stored: StoredArray, row: int, itemsize: int) -> StoredArray:
     return StoredArray(stored.file, stored.offset + row * prod(stored.shape[1:]) * itemsize, stored.shape[1:])
 
 
-def _contiguous(shape: Shape, region: Shape) -> bool:
-    """Is a region of that extent contiguous in C order? It is if all dimensions after the first partial one are whole."""
+def _contiguous(shape: Shape, region: Region) -> bool:
+    """Is a region contiguous in C order? It is if all dimensions after the first partial one are whole."""
     free = False
     for whole, part in zip(shape, region, strict=True):
-        if free and part != whole:
+        count = part.stop - part.start
+        if free and count != whole:
             return False
-        free = free or part != 1
+        free = free or count != 1
     return True

@@ -6,14 +6,16 @@ Headers are parsed by Python's `tarfile`. Nothing is unpacked, and no name in an
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from formats.errors import UserError, format_untrusted
 from formats.faults import fault
 from formats.folder import Folder, whole
 from formats.relative_names import stays_below
+
+if TYPE_CHECKING:
+    import tarfile
 
 _BLOCK = 512
 _MOST_HEADER = 1 << 20
@@ -128,6 +130,8 @@ def is_tar(folder: Folder, name: str) -> bool:
 
 
 def _members(folder: Folder, archive: str) -> dict[str, Member]:
+    import tarfile  # noqa: PLC0415 - most sources are no archives
+
     stream = _Stream(folder, archive)
     if kind := _COMPRESSED.get(stream.read(2)):
         raise UserError(

@@ -23,7 +23,7 @@ from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.iterations import FORMAT
 from formats.json_objects import read_json
-from formats.spec import DTYPES, Array, Region, Shape, is_valid_shape, relative_to
+from formats.spec import DTYPES, Array, Region, Shape, is_valid_shape
 from formats.stored_arrays import StoredArray, read_region
 from formats.torch_zip import OpenArchive
 from formats.zarr_compressed import Compression, DecodedChunks
@@ -112,9 +112,8 @@ class ZarrContainer:
         if not out.size:
             return
         stored = self._arrays[tensor.files[0].rpartition("/")[0]]
-        for number, chunk, shared in tensor.overlapping(region):
-            file, target = tensor.location(number).file, out[(*relative_to(shared, region), ...)]
-            self._read_chunk(file, stored, relative_to(shared, chunk), target)
+        for number, _, in_chunk, in_region in tensor.overlapping(region):
+            self._read_chunk(tensor.file(number), stored, in_chunk, out[(*in_region, ...)])
 
     def close(self) -> None:
         self._folder.close()

@@ -49,10 +49,7 @@ MEANT = {
 
 def ours() -> set[str]:
     """The names of our exception classes, whose texts are our words."""
-    trees = (ast.parse(path.read_text()) for path in SOURCES)
-    return {
-        node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
-    }
+    return {name for path in SOURCES for name in re.findall(r"^ *class (\w+Error)\b", path.read_text(), re.MULTILINE)}
 
 
 OURS = ours()

@@ -128,7 +128,7 @@ def _moved(name: str, first: str, root: str) -> str:
 
 def names() -> list[str]:
     """Return every supported `model_type`."""
-    return sorted({module.name for module in pkgutil.iter_modules(__path__)})
+    return list(_names(*__path__))
 
 
 def find(model_type: Any, layout: str | None = None) -> Family:
@@ -145,6 +145,11 @@ def find(model_type: Any, layout: str | None = None) -> Family:
         )
     family = _load(import_module(f"{__name__}.{model_type}"))
     return family.in_layout(layout) if layout else family
+
+
+@cache
+def _names(*folders: str) -> tuple[str, ...]:
+    return tuple(sorted({module.name for module in pkgutil.iter_modules(folders)}))
 
 
 @cache

@@ -17,7 +17,7 @@ from formats.arrays import as_bytes
 from formats.chunks import ChunkedTensor, check_tiling, stride
 from formats.container import Container
 from formats.folder import Folder
-from formats.spec import Array, Region, Shape, TensorSpec, extent, relative_to
+from formats.spec import Array, Region, Shape, TensorSpec, extent
 from formats.stored_arrays import read_flat
 from formats.torch_zip import OpenArchive
 
@@ -94,10 +94,9 @@ class FlatShards:
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         if tensor.files is not self._labels:
             return self._container.read(tensor, region, out)
-        for number, chunk, shared in tensor.overlapping(region):
+        for number, shape, in_chunk, in_region in tensor.overlapping(region):
             run = tensor.location(number)
-            part = out[(*relative_to(shared, region), ...)]
-            read_flat(self._sources[run.file].read, extent(chunk), relative_to(shared, chunk), part, at=run.offset)
+            read_flat(self._sources[run.file].read, shape, in_chunk, out[(*in_region, ...)], at=run.offset)
         return None
 
     def close(self) -> None:

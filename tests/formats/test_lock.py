@@ -23,13 +23,14 @@ SHORT = 1.0
 ROOT = Path(__file__).parents[2]
 
 HOLD = """
-import socket, sys, time
+import os, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from formats.errors import UserError
 from formats.lock import lock
 
 if sys.argv[3:]:
-    socket.gethostname = lambda: sys.argv[3]
+    os.uname = lambda: SimpleNamespace(nodename=sys.argv[3])
 try:
     with lock(Path(sys.argv[1]), run="first", patience=float(sys.argv[2])) as held:
         print("held", flush=True)
