@@ -12,6 +12,7 @@ FULL := $(VENV)/.full-$(REQUIREMENTS)
 WORKERS := -n 2 --dist loadfile
 
 NEWEST := $(VENV)-newest
+OLDEST := $(VENV)-oldest
 
 # Tests start hundreds of programs: with this set, each would compile our sources again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -21,7 +22,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 comma := ,
 install = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '$(1)' || $(PIP) --editable '$(1)'
 
-.PHONY: demo demo-training test test-slow test-newest check format clean
+# $(call another,FOLDER,PACKAGES): an environment with other versions of these packages than pyproject.toml asks for.
+define another
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(1)
+	printf '$(2)' > $(1)/overrides.txt
+	$(BIN)/uv pip install --quiet --python $(1)/bin/python --override $(1)/overrides.txt --editable '.[test]'
+	$(BIN)/uv pip list --python $(1)/bin/python | grep -E '^(torch|megatron-core|transformers) '
+endef
+
+.PHONY: demo demo-training test test-slow test-newest test-oldest check format clean
 
 demo: $(BASE)
 	$(BIN)/python -m tests.demo
@@ -39,12 +48,14 @@ test-slow: $(FULL)
 # Strict loads, keys and logits with the newest torch and megatron-core that package indexes have, whatever pyproject.toml allows,
 # in an environment of its own. Continuous integration does not run it.
 test-newest: $(FULL)
-	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(NEWEST)
-	printf 'torch\nmegatron-core\n' > $(NEWEST)/overrides.txt
-	$(BIN)/uv pip install --quiet --python $(NEWEST)/bin/python --override $(NEWEST)/overrides.txt --editable '.[test]'
-	$(BIN)/uv pip list --python $(NEWEST)/bin/python | grep -E '^(torch|megatron-core|transformers) '
+	$(call another,$(NEWEST),torch\nmegatron-core\n)
 	$(NEWEST)/bin/python -m pytest -W ignore::SyntaxWarning -m "not gpu and not slow" tests/converter/test_te_keys.py tests/converter/test_golden.py \
 		tests/converter/test_megatron.py tests/converter/test_families.py
+
+# Strict loads with the oldest megatron-core that reads what mbconvert writes (docs/checkpoint.md).
+test-oldest: $(FULL)
+	$(call another,$(OLDEST),megatron-core==0.19.0\n)
+	$(OLDEST)/bin/python -m pytest -m "not gpu and not slow" tests/converter/test_megatron.py
 
 check: $(FULL)
 	$(BIN)/ruff format --check .
@@ -73,4 +84,4 @@ $(FULL): $(BASE)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) demo build *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) demo build *.egg-info

@@ -60,7 +60,7 @@ class Journal:
         self._sync = sync
         self._lines = 0
         self._synced = time.monotonic()
-        self._lock = threading.Lock()
+        self._lock, self._counting = threading.Lock(), threading.Lock()
         self._write({"boot": boot_id()})
 
     def piece(self, number: int) -> None:
@@ -97,7 +97,8 @@ class Journal:
 
     def _write_line(self, line: str) -> None:
         os.write(self._descriptor, f"{line}\n".encode())
-        self._lines += 1
+        with self._counting:
+            self._lines += 1
 
 
 @contextmanager

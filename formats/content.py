@@ -42,6 +42,10 @@ _BY_START = (
         ),
     ),
     (rb"# xet version", Content("a Xet pointer, not the file itself", _FETCH)),
+    (
+        rb"\xef\xbb\xbf\s*[{\[]",
+        Content("JSON behind a byte order mark, which JSON must not have", "save the file as UTF-8 without a byte order mark"),
+    ),
     (_PAGE, Content("a web page or an error message of a server", _FETCH)),
     (
         _SERVER,

@@ -20,6 +20,12 @@ SECRET = "s3cr3t-t0ken"
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each process of `pytest -n` a session of its own: Linux divides a busy machine among sessions first."""
+    if hasattr(config, "workerinput"):
+        os.setsid()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave most cases of tests that take long to `make test-slow`, before `-m` chooses among them."""

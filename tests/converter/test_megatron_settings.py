@@ -200,6 +200,13 @@ def test_unknown_settings_of_a_run_are_none_of_a_models(bare, tmp_path):
     refused(mcore_to_hf, bare, tmp_path, "Megatron-LM's `args` has `logit_temperature: 3`, an unknown setting")
 
 
+def test_a_window_of_some_layers_alone_is_refused_where_it_has_one(bare, tmp_path):
+    say_in_run_config(bare, window_size=[127, 0], window_attn_skip_freq=2)
+    refused(mcore_to_hf, bare, tmp_path, "`window_(size|attn_skip_freq)`")
+    say_in_run_config(bare, window_size=None, window_attn_skip_freq=2)
+    mcore_to_hf(bare, tmp_path / "back", dry_run=True)
+
+
 FACTS = {
     "rotary_base": (500000, "rope_theta"), "norm_epsilon": (1e-6, "rms_norm_eps"),
     "untie_embeddings_and_output_weights": (False, "tie_word_embeddings"), "use_rope_scaling": (True, "rope_scaling"),

@@ -16,8 +16,9 @@ import torch
 from safetensors import torch as safetensors_torch
 from safetensors.numpy import load_file, save_file
 
-from converter import UserError, hf_to_mcore, inspect, mcore_to_hf, verify
+from converter import UserError, hf_to_mcore, inspect, mcore_to_hf, merge, verify
 from converter.execution import Reporter
+from tests.converter.adapters.made import save_adapter
 from tests.models import model_tree
 from tests.refusal import refused
 
@@ -272,6 +273,16 @@ def test_a_tokenizer_that_git_lfs_did_not_fetch_is_not_carried_along(plain, tmp_
     refused(hf_to_mcore, plain, tmp_path, "^`tokenizer.json` is a git-lfs pointer, not the file itself")
 
 
+def test_a_config_behind_a_byte_order_mark_is_told(plain, tmp_path):
+    data = (plain / "config.json").read_bytes()
+    (plain / "config.json").write_bytes(b"\xef\xbb\xbf" + data)
+    text = message(hf_to_mcore, plain, tmp_path)
+    assert text == (
+        "`config.json` is JSON behind a byte order mark, which JSON must not have\n\n"
+        "hint: save the file as UTF-8 without a byte order mark"
+    )
+
+
 def test_a_checkpoint_that_git_lfs_did_not_fetch_is_told(checkpoint, tmp_path):
     (checkpoint / "iter_0000000" / "__1_0.distcp").write_text(
         f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4' * 64}\n"
@@ -295,6 +306,11 @@ def test_an_export_named_after_its_iteration_is_a_model_like_any_other(checkpoin
     assert verify(named, checkpoint).same
     hf_to_mcore(named, tmp_path / "again")
     assert verify(tmp_path / "again", named).same
+    adapter = save_adapter(model_folder("gqa"), tmp_path / "adapter")
+    merge(named, adapter, tmp_path / "merged")
+    merge(tmp_path / "again", adapter, tmp_path / "merged too")
+    assert verify(tmp_path / "merged", tmp_path / "merged too").same
+    assert not verify(tmp_path / "merged", named).same
 
 
 @pytest.mark.parametrize("command", [inspect, lambda path: verify(path, path)], ids=["inspect", "verify"])

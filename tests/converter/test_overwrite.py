@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from converter import Reporter, TransientError, UserError, adapter_to_hf, adapter_to_mcore, hf_to_mcore, mcore_to_hf, merge
+from converter import (
+    Reporter,
+    TransientError,
+    UserError,
+    adapter_to_hf,
+    adapter_to_mcore,
+    average_checkpoints,
+    extend_vocab,
+    hf_to_mcore,
+    mcore_to_hf,
+    merge,
+    reshard,
+)
 from formats.remote import upload
 from tests.converter.adapters.made import save_adapter
 from tests.locations import HURRIED, s3_store
@@ -20,6 +32,7 @@ from tests.models import tree
 
 ROOT = Path(__file__).parents[2]
 KINDS = ["import", "import without hashes", "export", "adapter import", "adapter export", "merge to hf", "merge to mcore"]
+EDITING = ["reshard", "average", "average of mcore", "extend-vocab", "extend-vocab of mcore"]
 STRANGERS = ["thesis.tex", "runs/events.1", "iter_0000000/notes.txt", "iter_0000100/.metadata", "model-2.safetensors", "empty/"]
 
 
@@ -39,6 +52,11 @@ def commands(model_folder, tmp_path_factory):
         "adapter export": lambda target, **how: adapter_to_hf(folder / "adapter_mcore", target, **how),
         "merge to hf": lambda target, **how: merge(source, adapter, target, **how),
         "merge to mcore": lambda target, **how: merge(source, adapter, target, to="mcore", **how),
+        "reshard": lambda target, **how: reshard(checkpoint, target, pp=2, **how),
+        "average": lambda target, **how: average_checkpoints([source, source], target, **how),
+        "average of mcore": lambda target, **how: average_checkpoints([checkpoint, checkpoint], target, **how),
+        "extend-vocab": lambda target, **how: extend_vocab(source, target, to=1024, **how),
+        "extend-vocab of mcore": lambda target, **how: extend_vocab(checkpoint, target, to=1024, **how),
     }
 
 
@@ -91,7 +109,7 @@ def refused(command, target, name, *, earlier=False):
     assert tree(target) == before
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + EDITING)
 def test_what_a_command_made_it_replaces_whoever_made_it(commands, made, output, kind):
     target = output("export" if kind == "import" else "import")
     commands[kind](target, overwrite=True)
@@ -119,6 +137,13 @@ def test_anything_else_in_an_output_is_named_and_stays(commands, output, kind, s
     if not earlier:
         with pytest.raises(UserError, match="which the conversion that made it did not write"):
             commands[kind](target, overwrite=True, dry_run=True)
+
+
+@pytest.mark.parametrize("kind", EDITING)
+def test_reshards_averages_and_extended_models_replace_nothing_else_either(commands, output, kind):
+    target = output(kind)
+    add(target, "thesis.tex")
+    refused(commands[kind], target, "thesis.tex")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "README.md", "adapter_model.safetensors"])

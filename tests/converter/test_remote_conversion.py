@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack
 
 import pytest
 
-from converter import TransientError, UserError, check, hf_to_mcore, inspect, mcore_to_hf, verify
+from converter import Reporter, TransientError, UserError, check, hf_to_mcore, inspect, mcore_to_hf, verify
 from converter.ranks import Ranks
 from formats.remote import folder as remote
 from tests.conftest import SECRET
@@ -150,6 +151,17 @@ def test_an_upload_that_fails_leaves_nothing_there(checkpoint, bucket, monkeypat
         mcore_to_hf(checkpoint, bucket.url)
     bucket.cutter.cut(0, after=0)
     assert not bucket.objects()
+
+
+def test_a_source_on_a_disk_that_changes_meanwhile_leaves_nothing_in_a_bucket(folder, bucket, tmp_path):
+    source = shutil.copytree(folder, tmp_path / "hf")
+    changes = [lambda: (source / SHARD).write_bytes((source / SHARD).read_bytes())]
+    reporter = Reporter(progress=lambda _count: changes and changes.pop()())
+    with pytest.raises(UserError, match=f"`{source / SHARD}` changed while it was being read"):
+        hf_to_mcore(source, bucket.url, tp=2, workers=1, reporter=reporter)
+    assert not changes
+    assert not bucket.objects()
+    assert bucket.unfinished() == 0
 
 
 def test_a_bucket_with_a_model_is_refused_and_replaced_on_purpose(folder, checkpoint, bucket, tmp_path):

@@ -219,6 +219,7 @@ CONTENTS = {
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 12345\n", "a git-lfs pointer"),
     "html": (b"<!DOCTYPE html>\n<html><head><title>Sign in</title>", "a web page or an error message"),
     "xml": (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "a web page or an error message"),
+    "byte order mark": (b'\xef\xbb\xbf\r\n{"weight_map": {}}', "JSON behind a byte order mark"),
     "hub": (b"Entry not found", "an error message of a server"),
     "gated": (b"Access to model meta-llama/Llama-3.1-8B is restricted", "an error message of a server"),
     "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 64, "a GGUF file"),

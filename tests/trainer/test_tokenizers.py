@@ -140,6 +140,14 @@ def test_the_package_that_a_tokenizer_needs_is_named(tmp_path, monkeypatch, data
     assert str(error) == f"`T` cannot be read: `tokenizer.model` is {message}"
 
 
+def test_a_folder_with_a_model_of_sentencepiece_alone_names_the_package_when_it_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizers, "_installed", lambda module: module != "sentencepiece")
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(UserError, match=r"the package `sentencepiece` is not installed\n\nhint: pip install sentencepiece$"):
+        tokenizers.load(str(tmp_path))
+
+
 def test_what_else_makes_a_tokenizer_unreadable_is_told_by_its_class(tmp_path):
     error = tokenizers.unreadable("`T` cannot be read", tmp_path, ValueError("a library's words"))
     assert error.args[0] == "`T` cannot be read (`ValueError`)"
