@@ -24,7 +24,7 @@ install = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/pytho
 
 # $(call another,FOLDER,PACKAGES): an environment with other versions of these packages than pyproject.toml asks for.
 define another
-	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(1)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(1)
 	printf '$(2)' > $(1)/overrides.txt
 	$(BIN)/uv pip install --quiet --python $(1)/bin/python --override $(1)/overrides.txt --editable '.[test]'
 	$(BIN)/uv pip list --python $(1)/bin/python | grep -E '^(torch|megatron-core|transformers) '
