@@ -366,7 +366,7 @@ def main() -> None:
             _print_failure_as_json("terminated")
         raise
     finally:
-        gc.freeze()  # else Python traverses all objects once more on its way out, which takes longer than to start
+        gc.freeze()  # else Python traverses all objects once more at its exit: 25 ms
 
 
 def _print_failure_as_json(message: str, hint: str = "") -> None:

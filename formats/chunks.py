@@ -39,7 +39,7 @@ class Chunk:
 
 
 class Overlap(NamedTuple):
-    """What a chunk and a region share: where it lies in the chunk, and where in the region."""
+    """The intersection of a chunk and a region, relative to the start of each."""
 
     number: int
     """The chunk's."""
@@ -114,8 +114,7 @@ class ChunkedTensor:
     def overlapping(self, region: Region) -> Iterator[Overlap]:
         """Yield what a region shares with each chunk that it overlaps.
 
-        A tensor of stacked layers has thousands of chunks, so bisection selects those near the region's rows, and no objects are
-        made for those among them that do not overlap it.
+        A tensor of stacked layers has thousands of chunks, so bisection selects those near the region's rows.
         """
         numbers, stride, dims = self._numbers, self._stride, len(region)
         first, last = 0, len(self)
@@ -125,13 +124,12 @@ class ChunkedTensor:
         wanted = [(dim, part.start, part.stop) for dim, part in enumerate(region)]
         for number in range(first, last):
             at = number * stride
-            for dim, start, stop in wanted:
+            for dim, start, stop in wanted:  # most chunks end here; a call for each takes twice as long
                 origin = numbers[at + dim]
                 if origin >= stop or origin + numbers[at + dims + dim] <= start:
                     break
             else:
-                overlap = self._overlap(number, wanted)
-                if overlap:
+                if overlap := self._overlap(number, wanted):
                     yield overlap
 
     def _overlap(self, number: int, region: Sequence[tuple[int, int, int]]) -> Overlap | None:
