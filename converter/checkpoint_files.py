@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, starmap
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter.config import Config
 from converter.extra_states import stateful_module, weightless_modules
@@ -29,8 +28,7 @@ MASTERS = "fp32"
 """What Megatron-FSDP holds weights in: they are the optimizer's."""
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointFormat:
+class CheckpointFormat(NamedTuple):
     """A format, and the layers whose names its state dicts have: `--ckpt-format` and `--transformer-impl` of Megatron-LM."""
 
     name: str = TORCH_DIST

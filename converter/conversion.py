@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from converter.comparison import CheckpointView
 from converter.conversion_plan import ConversionPlan
@@ -40,8 +41,7 @@ class Conversion:
     """Bytes that reading the source holds at most, beside what is read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Execution:
+class Execution(NamedTuple):
     """A conversion with its target and the options that it is executed with."""
 
     conversion: Conversion

@@ -7,7 +7,7 @@ new numbers under old scales would lose what they learned, and a model with both
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from converter import provenance
 from converter.dequantization import weights_of
@@ -23,8 +23,7 @@ from formats.quantized.scheme import QuantizedWeight
 from formats.spec import JoinedReader, Reader
 
 
-@dataclass(frozen=True, slots=True)
-class Quantized:
+class Quantized(NamedTuple):
     """What a checkpoint says of the quantized weights that it was made of."""
 
     weights: Mapping[str, QuantizedWeight]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter import families, provenance, reference
 from converter.checks import check_filled
@@ -113,8 +113,7 @@ def plan_files(source: Source, tensor_plans: Sequence[TensorPlan], wanted: Expor
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Export:
+class _Export(NamedTuple):
     """A source, and the files that are made of it."""
 
     source: Source

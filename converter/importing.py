@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter import families, prediction_layers, reference, run_config, side_files
 from converter.checkpoint_files import CheckpointFormat, writer_of
@@ -78,8 +78,7 @@ class _Import:
     beside: _Beside
 
 
-@dataclass(frozen=True, slots=True)
-class _Beside:
+class _Beside(NamedTuple):
     """What is stored next to the weights."""
 
     reader: Reader

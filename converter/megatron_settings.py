@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from math import isclose, sqrt
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from formats.errors import UserError, format_untrusted
 
@@ -174,8 +173,7 @@ _BUILT_BY = {
 """Classes and functions with which Megatron-Bridge builds a model of a supported family."""
 
 
-@dataclass(frozen=True, slots=True)
-class UnsupportedSetting:
+class UnsupportedSetting(NamedTuple):
     """A setting that changes what the model computes, or may."""
 
     name: str

@@ -11,8 +11,8 @@ import re
 import secrets
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from formats.errors import UserError
 
@@ -20,8 +20,7 @@ _NAMELESS = "none"  # torchrun's value for a run without a name and with a stati
 _LONGEST = 80  # characters of a file name
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
+class Ranks(NamedTuple):
     """This process is number `rank` of `size`. `run_id` is the same for all of them, and a valid part of a file name.
 
     It differs between runs where the environment distinguishes them. `torchrun` with a static rendezvous does not, so it must

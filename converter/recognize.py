@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter import prediction_layers
 from converter.families import Family
@@ -40,8 +39,7 @@ _WRAPPERS = {
 """Parts of names that a wrapper around the model adds, and the wrapper's name."""
 
 
-@dataclass(frozen=True, slots=True)
-class _ForeignNames:
+class _ForeignNames(NamedTuple):
     """Names that other programs or models give to weights: what they are, and what to do."""
 
     pattern: str

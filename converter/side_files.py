@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter.plan import as_stored, pieces
 from converter.run import PIECE_BYTES, PieceBuffers
@@ -38,8 +38,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class SideFiles:
+class SideFiles(NamedTuple):
     """What an import adds to the iteration directory, by relative names."""
 
     documents: Mapping[str, bytes]

@@ -6,7 +6,7 @@ Failed downloads leave such files: they have the right name and the wrong conten
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from formats.errors import UserError
 from formats.folder import Folder
@@ -18,8 +18,7 @@ _FETCH = "fetch the file again, for example with `hf download ORG/NAME`"
 _TORCH = "load it with the library that saved it, and save it with `save_pretrained`, which writes safetensors"
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(NamedTuple):
     """The content of a file in words that follow "is", and what to do about it."""
 
     what: str

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from formats.arrays import distinct
 from formats.chunks import ArchiveLocation, ChunkedTensor, check_tiling, stride, tiling_error
 from formats.content import refuse_start
 from formats.errors import UserError, format_untrusted
@@ -216,7 +217,7 @@ class _Locations:
         return self._by_name[:0] if number is None else self._by_name[self._bounds[number] : self._bounds[number + 1]]
 
     def _add_run(self, rows: _Rows, run: LocationRun) -> None:
-        names, files = ({number: run.texts[number] for number in np.unique(part).tolist()} for part in (run.names, run.files))
+        names, files = ({number: run.texts[number] for number in distinct(part)} for part in (run.names, run.files))
         rows.names.frombytes(_translated(run.names, {n: self._name(text) for n, text in names.items()}).tobytes())
         rows.files.frombytes(_translated(run.files, {n: self._file_number(text) for n, text in files.items()}).tobytes())
         dims = _OF_OBJECT if run.offsets is None else run.offsets.shape[1]

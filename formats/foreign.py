@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from formats.errors import UserError
 from formats.folder import Folder
@@ -50,8 +50,7 @@ _GGUF = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Foreign:
+class Foreign(NamedTuple):
     """A format, known by the name of one file or folder in it. `{folder}` and `{file}` in the hint are filled in."""
 
     pattern: str

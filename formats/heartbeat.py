@@ -11,9 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 PATIENCE = 60.0
 """Seconds without a change after which a process on another host counts as dead."""
@@ -79,8 +78,7 @@ def pauses(patience: float) -> Iterator[None]:
         pause = min(1.5 * pause, 0.5, patience / _BEATS)
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(NamedTuple):
     """A process, identified uniquely: `started` distinguishes it from a later process with its pid, `pid_scope` (boot id and pid
     namespace) from a process with its pid elsewhere. Both are None or empty where the system does not provide them."""
 

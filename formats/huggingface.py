@@ -10,12 +10,11 @@ import json
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from math import prod
 from operator import itemgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -47,8 +46,7 @@ _DTYPES = {dtype.safetensors: DTYPES[dtype.name] for dtype in CONVERTED}
 _OTHER_DTYPES = {dtype.safetensors: OTHER_DTYPES[dtype.name] for dtype in COMPARED}
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(NamedTuple):
     """One safetensors file: its raw header, its tensors in file order, and its size in bytes."""
 
     raw: bytes

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from formats.arrays import distinct
 from formats.pickles import Global
 from formats.spec import Array, is_size
 
@@ -69,8 +70,9 @@ class Pattern:
             return table, at, False
         good = (table >= 0).all(axis=1) & (table < _MOST).all(axis=1)
         for number in np.flatnonzero(self.refers):
-            named = np.array([isinstance(memo.get(int(target)), str) for target in np.unique(table[:, number])])
-            good &= named[np.unique(table[:, number], return_inverse=True)[1]]
+            targets = distinct(table[:, number])
+            named = np.array([isinstance(memo.get(target), str) for target in targets])
+            good &= named[np.searchsorted(targets, table[:, number])]
         if good.all():
             return table, end, False
         count = int(np.flatnonzero(~good)[0])

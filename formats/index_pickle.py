@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from formats.arrays import distinct
 from formats.errors import UserError
 from formats.index_patterns import Pattern, pattern_of
 from formats.pickles import Global, Record, RecordSequence, Unpickler, load_from
@@ -202,7 +203,7 @@ class IndexUnpickler(Unpickler):
             fields = pattern.fields
             names, files = (table[:, fields[key].start] for key in ("fqn", "then relative_path"))
             spans = np.stack([table[:, fields[f"then {key}"].start] for key in ("offset", "length")], axis=1)
-            texts = {int(number): self.memo[int(number)] for number in np.unique([names, files])}
+            texts = {number: self.memo[number] for number in distinct(np.stack([names, files]))}
             run = LocationRun(names, files, table[:, fields["offset"]] if "offset" in fields else None, spans, texts)
             self.append(run)
             self.append(run)

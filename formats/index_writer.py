@@ -14,6 +14,7 @@ from itertools import islice
 
 import numpy as np
 
+from formats.arrays import distinct
 from formats.chunks import ChunkedTensor
 from formats.dtypes import Dtype
 from formats.pickles import Global
@@ -60,7 +61,7 @@ def _size(tensors: Mapping[str, ChunkedTensor], objects: Archives) -> int:
     writer, (names, locations, files) = _Writer(), objects
     total = sum(map(len, writer.parts(tensors, (names[:1], locations[:1], files), most=1)))
     known = set(writer.known)
-    spelled = known | {files[int(number)] for number in np.unique(locations[:, 0])}
+    spelled = known | {files[number] for number in distinct(locations[:, 0])}
     if files:
         writer.name(files[0])  # so that what a record adds is counted without the name
     for key, tensor in tensors.items():
@@ -71,7 +72,7 @@ def _size(tensors: Mapping[str, ChunkedTensor], objects: Archives) -> int:
         zeros = [0] * dims
         each = len(writer.chunk(zeros, zeros)) + len(writer.location(key, zeros, file, 0, 0)) - len(_number(0)) * (3 * dims + 2)
         total += each * len(table) + _digits(table[:, : 2 * dims]) + _digits(table[:, :dims]) + _digits(table[:, -3:-1])
-        spelled |= {tensor.files[number] for number in np.unique(table[:, -4])}
+        spelled |= {tensor.files[number] for number in distinct(table[:, -4])}
     total += sum(len(_spelled(name)) for name in islice(names, 1, None) if name not in spelled)
     if names:
         each = (

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from formats.errors import TransientError, UserError
 from formats.heartbeat import PATIENCE, Heartbeat, Process, StalenessTimer, pauses
@@ -75,8 +75,7 @@ class Holder:
         return f"pid `{self.process.pid}` on `{self.process.host}` since `{self.since}`, run `{self.run}`"
 
 
-@dataclass(frozen=True, slots=True)
-class _LockFile:
+class _LockFile(NamedTuple):
     """A lock file that was read. `key` is its holder's, or is derived from the inode where the maker died before it wrote one."""
 
     text: bytes

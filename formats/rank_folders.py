@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
@@ -47,8 +47,7 @@ class Rank:
     ep: int
 
 
-@dataclass(frozen=True, slots=True)
-class RankFile:
+class RankFile(NamedTuple):
     """An opened file. `models` are the state dicts of its model chunks."""
 
     name: str

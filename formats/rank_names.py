@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,8 +37,7 @@ _WHOLE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What one rank holds of a weight: [rows, columns], stored [columns, rows] if `transposed`."""
 
     shape: Shape
@@ -48,8 +46,7 @@ class Piece:
     transposed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RankTensor:
+class RankTensor(NamedTuple):
     """A contiguous tensor in a file of a rank: its name there, the key and byte offset of its storage, and its own offset."""
 
     name: str

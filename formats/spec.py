@@ -144,8 +144,7 @@ class Span(NamedTuple):
         return self.start + (self.size if self.known is None else len(self.known))
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """A file of known size whose content is generated when it is written, in blocks."""
 
     size: int

@@ -11,9 +11,8 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -54,8 +53,7 @@ DTYPE_OF = {dtype.torch: DTYPES[dtype.name] for dtype in CONVERTED}
 _DTYPE_OF_STORAGE = {dtype.storage: DTYPES[dtype.name] for dtype in CONVERTED if dtype.storage}
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """The bytes of an archive before and after one data record of `size` bytes."""
 
     before: bytes
@@ -67,8 +65,7 @@ class Frame:
         return len(self.before) + self.size + len(self.after)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor in an archive: dtype, shape, strides, the key of its record and its start in it; strides and start in elements."""
 
     dtype: np.dtype[Any]
@@ -218,8 +215,7 @@ def _central(name: bytes, size: int, at: int, checksum: int) -> bytes:
     return _CENTRAL.pack(*fields) + name + extra
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One record of an archive: the offset of its local header, and its size."""
 
     header: int

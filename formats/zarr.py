@@ -11,9 +11,8 @@ import json
 import re
 from array import array
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -42,8 +41,7 @@ _LOCKS = ".sync/"
 _REWRITE = "read it with the program that wrote it, and save it without a compressor, or as `torch_dist`"
 
 
-@dataclass(frozen=True, slots=True)
-class ZarrArray:
+class ZarrArray(NamedTuple):
     """What a `.zarray` says: the shape, and that of every chunk, also of those that reach past the array's end."""
 
     shape: Shape

@@ -10,7 +10,7 @@ import json
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
@@ -23,8 +23,7 @@ MOST_BYTES = 4 << 30
 """A chunk that would decode to more is refused. tensorstore ends the process when it cannot allocate what a `.zarray` says."""
 
 
-@dataclass(frozen=True, slots=True)
-class Compression:
+class Compression(NamedTuple):
     """What decodes the chunks of an array: parts of its `.zarray`. `dtype` is the name there, `chunk` the shape of each chunk."""
 
     compressor: Any

@@ -296,6 +296,21 @@ def test_options_that_cannot_be_met_are_refused(models, tmp_path, options, messa
         average_checkpoints(models[:2], tmp_path / "made", **options)
 
 
+def test_an_average_that_the_dtype_cannot_hold_is_refused(models, tmp_path):
+    """Shares may be negative, so that it can be larger than every number of the sources."""
+    name, sources = "model.layers.1.mlp.down_proj.weight", [tmp_path / "a", tmp_path / "b"]
+    for source, value in zip(sources, (60_000.0, -60_000.0), strict=True):
+        source.mkdir()
+        shutil.copy(models[0] / "config.json", source)
+        part = {key: tensor.to(torch.float16) for key, tensor in tensors(models[0]).items()}
+        part[name][2, 3] = value
+        save_file(part, source / "model.safetensors", {"format": "pt"})
+    message = f"`{name}` has numbers that fp16 cannot hold: up to `180000`, and its largest is `65504`"
+    with pytest.raises(UserError, match=message):
+        average_checkpoints(sources, tmp_path / "made", weights=[2, -1])
+    assert not list(tmp_path.glob("made*"))
+
+
 def test_one_checkpoint_is_no_average(models, tmp_path):
     with pytest.raises(UserError, match="1 checkpoint cannot be averaged"):
         average_checkpoints(models[:1], tmp_path / "made")

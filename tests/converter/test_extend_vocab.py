@@ -241,6 +241,20 @@ def test_new_rows_have_to_fit(models, tmp_path, shapes, message):
         extend_vocab(models["untied"], tmp_path / "made", to=400, init=tmp_path / "rows.safetensors")
 
 
+@pytest.mark.parametrize("kind", ["Hugging Face", "Megatron"])
+def test_new_rows_that_the_dtype_cannot_hold_are_refused(models, tmp_path, kind):
+    rows = torch.zeros(11, 64)
+    rows[2, 3] = torch.finfo(torch.float32).max  # bf16 rounds it up
+    save_file({"rows": rows}, tmp_path / "rows.safetensors")
+    source = models["untied"]
+    if kind == "Megatron":
+        hf_to_mcore(source, tmp_path / "m", tp=2)
+        source = tmp_path / "m"
+    with pytest.raises(UserError, match=r"has numbers that bf16 cannot hold: up to `3\.40282e"):
+        extend_vocab(source, tmp_path / "made", to=400, init=tmp_path / "rows.safetensors")
+    assert not list(tmp_path.glob("made*"))
+
+
 def test_a_size_by_which_a_family_tells_its_models_apart_is_refused(tmp_path):
     family = families.find("baichuan")
     config = {

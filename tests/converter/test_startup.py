@@ -32,7 +32,7 @@ _OF_ADAPTERS = (
     "converter.adapters.peft",
     "converter.adapters.merge",
 )
-_OF_OTHERS = ("rich", "importlib.metadata", "converter.proof")
+_OF_OTHERS = ("rich", "importlib.metadata", "converter.proof", "numpy.ma")
 
 
 def test_a_command_imports_only_what_it_uses(model_folder, checkpoint, tmp_path):

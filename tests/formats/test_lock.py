@@ -123,13 +123,13 @@ def size(path):
 def dead_holder() -> Holder:
     """A holder of this host that is no more: its pid is taken by another process that started later."""
     holder = Holder.this("dead")
-    return replace(holder, process=replace(holder.process, started=1))
+    return replace(holder, process=holder.process._replace(started=1))
 
 
 def elsewhere(holder: Holder | None = None) -> Holder:
     """A holder on another host."""
     holder = holder or Holder.this("far")
-    return replace(holder, process=replace(holder.process, host="far-away", pid_scope="another"))
+    return replace(holder, process=holder.process._replace(host="far-away", pid_scope="another"))
 
 
 @contextmanager

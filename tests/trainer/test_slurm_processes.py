@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -142,6 +143,18 @@ def test_several_processes_that_do_not_know_where_to_meet_are_told(variables, me
     with pytest.raises(UserError) as refused:
         parallel.check_rendezvous({"RANK": "0", "WORLD_SIZE": "2", **variables})
     assert message in str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_command_that_is_one_of_several_and_has_no_port_says_so(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}
+    environment |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    command = [sys.executable, "-m", "trainer", "pretrain", "llama_tiny", "dist.device=cpu", f"logger.run_dir={tmp_path / 'run'}"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stdout) == (1, "")
+    message = "`WORLD_SIZE` is `2`, and `MASTER_PORT` is not set: the processes cannot connect"
+    assert told.stderr == f"error: {message}\n\nhint: {BOTH}\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("variables", [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "2", **MEET}, MEET])
