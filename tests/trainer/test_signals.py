@@ -10,7 +10,7 @@ import pytest
 
 # Prints a line when it is ready for a signal, and says what came of it.
 PROGRAM = """
-import os, signal, sys, time
+import os, select, signal, sys, time
 from trainer.signals import Stop
 before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
 with Stop() as stop:
@@ -19,7 +19,8 @@ with Stop() as stop:
         while not stop.requested:
             time.sleep(0.01)
         print("noted", stop.received.name, flush=True)
-        sys.stdin.readline()
+        while not select.select([sys.stdin], [], [], 0.1)[0]:
+            pass  # a signal just before a read that blocks would be handled only after it
         print("finished", flush=True)
     except KeyboardInterrupt:
         print("at once", flush=True)
