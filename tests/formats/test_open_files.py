@@ -36,11 +36,12 @@ def most(monkeypatch):
 
 
 def open_below(folder):
-    """The files below a folder that this process has open."""
+    """The files below a folder that this process has open, at one moment."""
     paths = []
-    for link in os.listdir("/proc/self/fd"):  # noqa: PTH208
-        with suppress(FileNotFoundError):  # closed meanwhile by another thread
-            paths.append(os.readlink(f"/proc/self/fd/{link}"))  # noqa: PTH115
+    with open_files._OPEN._lock:  # else one could be counted before it is closed, and the next one too
+        for link in os.listdir("/proc/self/fd"):  # noqa: PTH208
+            with suppress(FileNotFoundError):  # that of the listing itself, or another test's
+                paths.append(os.readlink(f"/proc/self/fd/{link}"))  # noqa: PTH115
     return sorted(path for path in paths if path.startswith(str(folder)))
 
 
