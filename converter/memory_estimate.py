@@ -16,8 +16,11 @@ from formats.urls import is_remote
 RUNNING_BYTES = 4 << 20
 """Bytes of threads, locks and journals: what a small conversion takes beyond planning and buffers."""
 
-TENSOR_BYTES = 450
-"""Bytes of a tensor's hash, of its name in the set of those that have passed, and of its entry in the index."""
+TENSOR_BYTES = 220
+"""Bytes of a written tensor: of its hash, and of its name in the set of those that have passed."""
+
+SOURCE_BYTES = 460
+"""Bytes of a source's tensor that is hashed while it is read, and of what an import writes of it in the index and the record."""
 
 CLIENT_BYTES = {"s3": 36 << 20, "gs": 12 << 20}
 """Bytes of the clients of object stores with their connections."""
@@ -29,7 +32,10 @@ def expected_peak(conversion: Conversion, target: str, workers: int, *, planned:
     `planned` bytes are resident after planning; `highest` is the peak of planning, which counts if it is more.
     """
     tensor_plans = conversion.plan.tensor_plans
-    running = RUNNING_BYTES + TENSOR_BYTES * len(tensor_plans) + workers * piece_buffers(tensor_plans)
+    provenance = conversion.plan.provenance
+    hashed_sources = len(provenance.tensors) if provenance.hashed and provenance.passing == "read" else 0
+    of_tensors = TENSOR_BYTES * len(tensor_plans) + SOURCE_BYTES * hashed_sources
+    running = RUNNING_BYTES + of_tensors + workers * piece_buffers(tensor_plans)
     return max(highest, planned + running + upload_bytes(conversion.plan, target)) + conversion.memory
 
 
