@@ -20,7 +20,7 @@ TENSOR_BYTES = 220
 """Bytes of a written tensor: of its hash, and of its name in the set of those that have passed."""
 
 SOURCE_BYTES = 460
-"""Bytes of a source's tensor that is hashed while it is read, and of what an import writes of it in the index and the record."""
+"""Bytes of a source tensor that is hashed while it is read, and of its entries in the index and in `conversion.json`."""
 
 CLIENT_BYTES = {"s3": 36 << 20, "gs": 12 << 20}
 """Bytes of the clients of object stores with their connections."""

@@ -150,10 +150,10 @@ def test_a_command_that_is_one_of_several_and_has_no_port_says_so(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}
     environment |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     command = [sys.executable, "-m", "trainer", "pretrain", "llama_tiny", "dist.device=cpu", f"logger.run_dir={tmp_path / 'run'}"]
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (told.returncode, told.stdout) == (1, "")
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (completed.returncode, completed.stdout) == (1, "")
     message = "`WORLD_SIZE` is `2`, and `MASTER_PORT` is not set: the processes cannot connect"
-    assert told.stderr == f"error: {message}\n\nhint: {BOTH}\n"
+    assert completed.stderr == f"error: {message}\n\nhint: {BOTH}\n"
     assert not (tmp_path / "run").exists()
 
 
